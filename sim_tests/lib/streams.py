@@ -64,6 +64,33 @@ class Sink:
         return word
 
 
+class Tap:
+    """Watches a handshake that other models drive, for example an AXI channel: ``Tap(dut, "m_axi__ar", ("addr",))``.
+
+    Yields a dict of the fields per transfer, and asserts that an offer stays, unchanged, until it is taken.
+    """
+
+    def __init__(self, dut, prefix, fields, *, check_stable=True):
+        self.port, self.check_stable, self.taken = prefix, check_stable, 0
+        self.valid, self.ready = getattr(dut, f"{prefix}valid"), getattr(dut, f"{prefix}ready")
+        self.fields = {name: getattr(dut, f"{prefix}{name}") for name in fields}
+        self.held, self.offered = None, False
+
+    def drive(self, rng):
+        """Nothing: a tap only looks."""
+
+    def sample(self, cycle):
+        """The fields transferred in this cycle, or None."""
+        self.offered = bool(self.valid.value)
+        word = {name: int(signal.value) for name, signal in self.fields.items()} if self.offered else None
+        if self.check_stable:
+            assert self.held in (None, word), f"cycle {cycle}: stalled offer on {self.port} changed from {self.held} to {word}"
+        accepted = self.offered and bool(self.ready.value)
+        self.held = None if accepted else word
+        self.taken += accepted
+        return word if accepted else None
+
+
 async def start(dut, ends=(), **inputs):
     """Clock, the given sources and sinks idle, the given input ports at their values, some cycles of reset.
 
@@ -72,7 +99,7 @@ async def start(dut, ends=(), **inputs):
     for end in ends:
         if isinstance(end, Source):
             end.valid.value = end.payload.value = 0
-        else:
+        elif isinstance(end, Sink):
             end.ready.value = 0
     for name, value in inputs.items():
         getattr(dut, name).value = value
@@ -87,7 +114,7 @@ async def exchange(dut, ends, *, rng, drain=100, watch=(), until=None, on_cycle=
     """Run the given sources and sinks; yield ``(cycle, port, word)`` for each transfer.
 
     Args:
-        ends: `Source` and `Sink` objects.
+        ends: `Source`, `Sink` and `Tap` objects.
         rng: numpy Generator; decides idles and stalls.
         drain: the run ends after this many cycles in which no source had words and nothing was offered to a sink:
             extra data are seen.

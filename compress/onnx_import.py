@@ -210,7 +210,7 @@ class _Importer:
             raise InputError(f"must have at most {MAX_NODES} nodes and initializers", field="graph",
                              value=max(len(graph.node), len(graph.initializer)))
         if model.functions or graph.sparse_initializer or graph.quantization_annotation or model.training_info:
-            raise InputError("must not hold functions, sparse initializers, quantisation annotations or training graphs",
+            raise InputError("must not hold functions, sparse initializers, quantisation notes or training graphs",
                              field="graph")
 
         named = [model.producer_name, graph.name]
@@ -269,7 +269,7 @@ class _Importer:
             array = np.frombuffer(tensor.raw_data, dtype.newbyteorder("<"))
         elif tensor.data_type == TensorProto.FLOAT16:
             bits = np.array(tensor.int32_data, np.int64)
-            if bits.size and not (0 <= bits.min() and bits.max() < 1 << 16):
+            if bits.size and (bits.min() < 0 or bits.max() > 0xFFFF):
                 raise InputError(f"initializer {name!r} must hold 16-bit patterns", field=where)
             array = bits.astype(np.uint16).view(np.float16)
         else:
@@ -379,7 +379,7 @@ class _Importer:
 
     def _data(self, name, *, flat=None):
         if name not in self.values:
-            raise InputError(f"input {name!r} must be computed from the network's input, not a constant", field=self.where)
+            raise InputError(f"input {name!r} must come from the network's input, not a constant", field=self.where)
         value = self.values[name]
         if flat is not None and value.flat != flat:
             raise InputError(f"input {name!r} must have rank {2 if flat else 4}", field=self.where)
@@ -457,8 +457,8 @@ class _Importer:
         a = self.attributes
         groups = a.integer("group", 1, 1, MAX_DIM)
         if channels % groups or outputs % groups or depth * groups != channels:
-            raise InputError(f"attribute group must divide {channels} input and {outputs} output channels and match the "
-                             f"weight's {depth} channels", field=self.where, value=groups)
+            raise InputError(f"attribute group must divide {channels} input and {outputs} output channels and match "
+                             f"the weight's {depth} channels", field=self.where, value=groups)
         if a.integers("kernel_shape", tuple(kernel), 2, 1, MAX_KERNEL) != tuple(kernel) or max(kernel) > MAX_KERNEL:
             raise InputError(f"attribute kernel_shape must equal the weight's {kernel}, at most {MAX_KERNEL}",
                              field=self.where)
@@ -555,7 +555,8 @@ class _Importer:
         value = self._data(first)
         if second in self.constants:
             channels = self.shapes[value.tensor][2]
-            return self._affine(value, np.ones(channels), self._per_channel(second, channels, flat=value.flat))
+            self._affine(value, np.ones(channels), self._per_channel(second, channels, flat=value.flat))
+            return
         other = self._data(second)
         if self.shapes[value.tensor] != self.shapes[other.tensor] or value.flat != other.flat:
             raise InputError("operands must have equal shapes (no broadcasting)", field=self.where,
@@ -572,7 +573,7 @@ class _Importer:
 
     def _op_Clip(self):
         _, *names = self._inputs(1, 3)
-        limits = [self.attributes.real("min", None, -MAX_WEIGHT, 3.5e38), self.attributes.real("max", None, -3.5e38, 3.5e38)]
+        limits = [self.attributes.real(name, None, -3.5e38, 3.5e38) for name in ("min", "max")]
         for i, name in enumerate(names):
             if name:
                 array = self._array(self._constant(name, "limit"), self.where)
@@ -620,7 +621,8 @@ class _Importer:
         window = self.shapes[value.tensor][:2]
         if max(window) > MAX_KERNEL:
             raise InputError(f"must cover a map of at most {MAX_KERNEL}", field=self.where, value=window)
-        self._emit(Pool(name=self._layer_name(), input=value.tensor, output="", kind=kind, window=window, stride=(1, 1)))
+        self._emit(Pool(name=self._layer_name(), input=value.tensor, output="", kind=kind, window=window,
+                        stride=(1, 1)))
 
     def _op_GlobalAveragePool(self):
         self._global_pool("average")
@@ -761,9 +763,11 @@ class _Importer:
         """``node`` followed by ``clamp``: clip(clip(x, a, b), c, d) is one clip with both limits clipped to c..d."""
         low, high = node.low, node.high
         if clamp.low is not None:
-            low, high = max(clamp.low, low if low is not None else clamp.low), None if high is None else max(high, clamp.low)
+            low = clamp.low if low is None else max(low, clamp.low)
+            high = None if high is None else max(high, clamp.low)
         if clamp.high is not None:
-            low, high = None if low is None else min(low, clamp.high), min(clamp.high, high if high is not None else clamp.high)
+            low = None if low is None else min(low, clamp.high)
+            high = clamp.high if high is None else min(high, clamp.high)
         return replace(node, low=low, high=high)
 
     def _finish(self, node):

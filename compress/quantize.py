@@ -1,0 +1,303 @@
+"""Post-training quantisation to int8: float graph + calibration data -> `compress.network.Network`.
+
+Weights: symmetric, one scale per output channel, q = round(w / s) in -127..127. Activations: one scale and zero point
+per tensor (docs/numerics.md). Float parameters are rounded here, once, in float64; what runs afterwards is integer.
+"""
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+
+from compress import graph as graphs
+from compress import methods
+from compress.graph import Conv, Pool
+from compress.network import Add, Convolution, Network, Requantization, Tensor
+from compress.network import Pool as PoolLayer
+from golden import convolution, requantize
+from spec.errors import InputError
+
+OBSERVERS = ("minmax", "percentile", "mse")
+#: Bins of the observers' histograms.
+_BINS = 4096
+#: Scales of the requantiser must stay below 65535.5 / 2**14; this leaves room for rounding.
+_LARGEST_RATIO = 3.999
+#: Biases keep two bits of room for the folded zero point and the accumulator.
+_LARGEST_BIAS = 1 << 29
+#: Activation elements that the error metrics keep at once.
+_SAMPLE_ELEMENTS = 1 << 25
+#: A range whose sides differ by less than this is taken as symmetric (zero point 0).
+_SYMMETRIC = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Calibration samples, NHWC float32, and where they came from (goes into the provenance)."""
+
+    x: np.ndarray
+    source: str
+
+
+def random_calibration(shape, *, samples=32, seed=0):
+    """Seeded standard normal samples for a network without data; reports must say so."""
+    x = np.random.default_rng(seed).normal(0, 1, (samples, *shape)).astype(np.float32)
+    return Calibration(x=x, source=f"random normal data, seed {seed}")
+
+
+def ranges(graph, x, *, observer="minmax", percentile=99.99, batch=32, progress=None):
+    """Observed range (low, high) of every tensor on calibration data.
+
+    Args:
+        x: float [N, H, W, C].
+        observer: ``minmax``; ``percentile`` (two-sided, ``percentile`` in 50..100); ``mse`` (the clipped range whose
+            8-bit quantisation error is smallest).
+        progress: called with a fraction 0..1.
+    Raises: InputError for an unknown observer, data that do not fit, or activations that are not finite.
+    """
+    if observer not in OBSERVERS:
+        raise InputError(f"must be one of {', '.join(OBSERVERS)}", field="observer", value=observer)
+    if not isinstance(percentile, (int, float)) or not 50 <= percentile <= 100:
+        raise InputError("must be in 50..100", field="percentile", value=percentile)
+    if not len(x):
+        raise InputError("must have at least one sample", field="calibration")
+    if not np.isfinite(x).all():
+        raise InputError("must be finite (NaN or infinity found)", field="calibration")
+    passes = 1 if observer == "minmax" else 2
+    found, histograms = {}, {}
+    for number in range(passes):
+        for at in range(0, len(x), batch):
+            for name, values in graphs.forward(graph, x[at:at + batch], keep=True).items():
+                if number == 0:
+                    low, high = float(values.min()), float(values.max())
+                    if not np.isfinite([low, high]).all():
+                        raise InputError("must be finite on the calibration data (overflow)", field=f"tensor {name!r}")
+                    old = found.get(name, (low, high))
+                    found[name] = (min(low, old[0]), max(high, old[1]))
+                else:
+                    counts = np.histogram(values, bins=_BINS, range=_span(found[name]))[0]
+                    histograms[name] = histograms.get(name, 0) + counts
+            if progress:
+                progress((number + min(1, (at + batch) / len(x))) / passes)
+    if observer == "minmax":
+        return found
+    narrow = _percentile_range if observer == "percentile" else _mse_range
+    return {name: narrow(limits, histograms[name], percentile) for name, limits in found.items()}
+
+
+def _span(limits):
+    low, high = limits
+    return (low, high) if high > low else (low - 0.5, low + 0.5)
+
+
+def _percentile_range(limits, counts, percentile):
+    low, high = _span(limits)
+    edges = np.linspace(low, high, _BINS + 1)
+    share = np.cumsum(counts) / counts.sum()
+    tail = 1 - percentile / 100
+    first = int(np.searchsorted(share, tail, side="right"))
+    last = int(np.searchsorted(share, 1 - tail, side="left"))
+    if limits[0] >= 0:                                     # one-sided data: the tail is at the top
+        return limits[0], float(min(limits[1], edges[last + 1]))
+    return float(max(limits[0], edges[first])), float(min(limits[1], edges[last + 1]))
+
+
+def _mse_range(limits, counts, _):
+    low, high = _span(limits)
+    edges = np.linspace(low, high, _BINS + 1)
+    centres = (edges[1:] + edges[:-1]) / 2
+    best = (np.inf, limits)
+    for factor in np.linspace(1, 0.3, 36):
+        trial = (limits[0] * factor if limits[0] < 0 else limits[0], limits[1] * factor if limits[1] > 0 else limits[1])
+        scale, zero_point = activation_format(*trial)
+        q = np.clip(np.round(centres / scale) + zero_point, -128, 127)
+        error = float(((scale * (q - zero_point) - centres) ** 2 * counts).sum())
+        if error < best[0]:
+            best = (error, trial)
+    return best[1]
+
+
+def activation_format(low, high):
+    """(scale, zero point) of an activation whose values lie in ``low..high``; 0 is always representable.
+
+    Non-negative data: zero point -128. Non-positive: 127. Sides within 10 %: symmetric, zero point 0. Else asymmetric.
+    """
+    low, high = min(0.0, float(low)), max(0.0, float(high))
+    if low == high:
+        return 1.0, -128
+    if low == 0:
+        return high / 255, -128
+    if high == 0:
+        return -low / 255, 127
+    if min(-low, high) >= _SYMMETRIC * max(-low, high):
+        return max(-low, high) / 127, 0
+    scale = (high - low) / 255
+    return scale, int(np.clip(np.round(-128 - low / scale), -128, 127))
+
+
+def quantize_weights(weights, *, least=0.0):
+    """Per-channel symmetric int8 weights.
+
+    Args: weights: float [K, R, S, C]; least: number or [K], smallest scale (a large bias may need a coarser one).
+    Returns: (int8 [K, R, S, C] in -127..127, float64 scales [K]).
+    """
+    weights = np.asarray(weights, np.float64)
+    peak = np.abs(weights).max(axis=(1, 2, 3))
+    peak = np.where(peak > 0, peak, peak.max() or 1.0)         # a dead channel takes the layer's scale
+    scale = np.maximum(peak / 127, least)
+    q = np.clip(np.round(weights / scale[:, None, None, None]), -127, 127).astype(np.int8)
+    return q, scale
+
+
+class Quantizer:
+    """Quantises one graph under any assignment of methods to layers; formats and layers are computed once.
+
+    Args:
+        graph: the float network. calibration: Calibration. observer, percentile: see `ranges`.
+        progress: called with (step name, fraction).
+    """
+
+    def __init__(self, graph, calibration, *, observer="minmax", percentile=99.99, progress=None):
+        self.graph, self.calibration = graph, calibration
+        self.settings = {"observer": observer} | ({"percentile": percentile} if observer == "percentile" else {})
+        tell = (lambda f: progress("calibrate", f)) if progress else None
+        self.ranges = ranges(graph, calibration.x, observer=observer, percentile=percentile, progress=tell)
+        self.weights, self.tensors, self._layers = {}, {}, {}
+        self._choose_formats()
+        elements = sum(int(np.prod(s)) for s in graph.shapes.values())
+        count = int(np.clip(_SAMPLE_ELEMENTS // elements, 1, 32))
+        self._samples = graphs.forward(graph, calibration.x[:count], keep=True)
+        self._norms = {}
+
+    # -- formats -------------------------------------------------------------------------------------------------
+    def _choose_formats(self):
+        """Tensor formats in execution order: a tensor's scale must keep the ratios of its producer encodable."""
+        g = self.graph
+        self._add_tensor(g.input, 0.0)
+        for node in g.nodes:
+            source = self.tensors[node.input].scale
+            if isinstance(node, Pool) and node.kind == "max":
+                old = self.tensors[node.input]
+                self._add_tensor(node.output, 0.0, same_as=old)
+                continue
+            if isinstance(node, Conv):
+                least = np.abs(node.bias.astype(np.float64)) / (source * _LARGEST_BIAS)
+                values, scale = quantize_weights(node.weights, least=least)
+                self.weights[node.name] = (values, scale)
+                largest = source * float(scale.max())
+            else:
+                largest = source / (np.prod(node.window) if isinstance(node, Pool) else 1)
+            if node.residual is not None:
+                largest = max(largest, self.tensors[node.residual].scale)
+            self._add_tensor(node.output, largest / _LARGEST_RATIO)
+
+    def _add_tensor(self, name, least_scale, *, same_as=None):
+        height, width, channels = self.graph.shapes[name]
+        scale, zero_point = (same_as.scale, same_as.zero_point) if same_as else activation_format(*self.ranges[name])
+        self.tensors[name] = Tensor(name=name, height=height, width=width, channels=channels,
+                                    scale=max(scale, float(least_scale)), zero_point=zero_point)
+
+    def _clamp(self, node):
+        """int8 clamp limits of a node's activation."""
+        tensor = self.tensors[node.output]
+        limits = []
+        for limit, full in ((node.low, -128), (node.high, 127)):
+            real = np.round(limit / tensor.scale) + tensor.zero_point if limit is not None else full
+            limits.append(int(np.clip(real, -128, 127)))
+        return tuple(limits)
+
+    def _requantization(self, node, bias, scale):
+        low, high = self._clamp(node)
+        output = self.tensors[node.output]
+        multiplier, shift = requantize.encode_scale(np.asarray(scale, np.float64))
+        extra = {}
+        if node.residual is not None:
+            residual = self.tensors[node.residual]
+            extra = {"residual_zero_point": residual.zero_point,
+                     "residual_multiplier": requantize.encode_residual_scale(residual.scale / output.scale)}
+        return Requantization(bias=bias.astype(np.int32), multiplier=multiplier, shift=shift,
+                              zero_point=output.zero_point, low=low, high=high, **extra)
+
+    # -- layers --------------------------------------------------------------------------------------------------
+    def effective_method(self, node, recipe):
+        """(method after exceptions, reason why the layer stays dense or None)."""
+        method, named = recipe.method(node.name)
+        reason = None if named else methods.kept_dense(node, method)
+        return (methods.parse("dense") if reason else method), reason
+
+    def layer(self, node, method, reason=None):
+        """The quantised layer of a graph node; for convolutions under ``method``."""
+        if not isinstance(node, Conv):
+            return self._channelwise(node)
+        key = (node.name, str(method), reason)
+        if key not in self._layers:
+            self._layers[key] = self._convolution(node, method, reason)
+        return self._layers[key]
+
+    def _convolution(self, node, method, reason):
+        values, scale = self.weights[node.name]
+        source, output = self.tensors[node.input], self.tensors[node.output]
+        terms = methods.decompose(values, node.weights, method)
+        kept = sum(t.values.astype(np.int64) for t in terms)
+        if int(np.abs(kept).sum(axis=(1, 2, 3)).max()) * 128 >= 1 << 31:
+            raise InputError("could leave the 32-bit accumulator (too many inputs)", field=f"layer {node.name!r}")
+        bias = np.round(node.bias.astype(np.float64) / (source.scale * scale)).astype(np.int64)
+        folded = convolution.fold_bias(bias, kept, source.zero_point)
+        metrics = methods.weight_metrics(values, scale, terms)
+        metrics["output_error"] = self._output_error(node, values, kept, scale)
+        if reason:
+            metrics["kept_dense"] = reason
+        return Convolution(
+            name=node.name, input=node.input, output=node.output, residual=node.residual, terms=terms,
+            stride=node.stride, pads=node.pads, dilation=node.dilation, groups=node.groups, weight_scale=scale,
+            format=str(method), metrics=metrics,
+            requantization=self._requantization(node, folded, source.scale * scale / output.scale))
+
+    def _output_error(self, node, values, kept, scale):
+        """||(W - W*) X|| / ||W X|| with W the dense int8 weights and X the float inputs on calibration samples."""
+        if np.array_equal(values, kept):
+            return 0.0
+        x, shape = self._samples[node.input], {"stride": node.stride, "pads": node.pads, "dilation": node.dilation,
+                                               "groups": node.groups}
+        real = scale[:, None, None, None]
+        if node.name not in self._norms:
+            self._norms[node.name] = float(np.linalg.norm(graphs.convolve(x, values * real, **shape)))
+        lost = float(np.linalg.norm(graphs.convolve(x, (values - kept) * real, **shape)))
+        return lost / self._norms[node.name] if self._norms[node.name] else 0.0
+
+    def _channelwise(self, node):
+        """Pooling and addition: weight 1, so the bias only takes the input's zero point out."""
+        source, output = self.tensors[node.input], self.tensors[node.output]
+        average = isinstance(node, Pool) and node.kind == "average"
+        count = int(np.prod(node.window)) if average else 1
+        bias = np.full(output.channels, -count * source.zero_point)
+        scale = np.full(output.channels, source.scale / (count * output.scale))
+        shared = {"name": node.name, "input": node.input, "output": node.output, "residual": node.residual,
+                  "requantization": self._requantization(node, bias, scale)}
+        if isinstance(node, Pool):
+            return PoolLayer(kind=node.kind, window=node.window, stride=node.stride, pads=node.pads, **shared)
+        return Add(**shared)
+
+    def network(self, recipe, *, provenance=None):
+        """The quantised network under a recipe (or a method string)."""
+        recipe = methods.recipe(recipe)
+        recipe.check([n.name for n in self.graph.convolutions])
+        layers = []
+        for node in self.graph.nodes:
+            method, reason = self.effective_method(node, recipe) if isinstance(node, Conv) else (None, None)
+            layers.append(self.layer(node, method, reason))
+        g = self.graph
+        facts = {"source_digest": g.source_digest, "import_notes": list(g.notes), "method": recipe.to_dict(),
+                 "calibration": {"source": self.calibration.source, "samples": len(self.calibration.x)} | self.settings,
+                 "flat_input": g.flat_input, "flat_output": g.flat_output,
+                 "versions": {name: version(name) for name in ("numpy", "onnx")}}
+        return Network(name=g.name, input=g.input, output=g.output, tensors=dict(self.tensors), layers=tuple(layers),
+                       provenance=facts | (provenance or {}))
+
+
+def quantize(graph, calibration, method="dense", *, observer="minmax", percentile=99.99, provenance=None,
+             progress=None):
+    """Quantise ``graph`` under a method string, recipe or recipe file (not ``tasder``); see `Quantizer`."""
+    plan = methods.recipe(method)
+    if plan.default.searched:
+        raise InputError("tasder must be searched: use compress.tasder or compress.flow", field="method")
+    return Quantizer(graph, calibration, observer=observer, percentile=percentile,
+                     progress=progress).network(plan, provenance=provenance)

@@ -1,0 +1,196 @@
+"""Trains the demo network on scikit-learn's digits and writes ``models/digits.onnx`` and ``models/digits.json``.
+
+Run from the repository's root in an environment with PyTorch (extra ``train``): ``python -m compress.training.digits``.
+Two stages: dense training, then a short 2:4 fine-tune in which each eligible layer computes with the 2:4 view of its
+weights (straight-through gradient, pruned weights pulled to zero as in SR-STE). The file holds the dense weights.
+"""
+import argparse
+from importlib.metadata import version
+import json
+from pathlib import Path
+import platform
+import time
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+import torch
+from torch import nn
+from torch.nn import functional
+
+from compress import demo
+
+MODELS = Path(__file__).resolve().parents[2] / "models"
+
+
+class _View(torch.autograd.Function):
+    """2:4 view along input channels; the gradient passes straight through, plus a pull on what was dropped."""
+
+    @staticmethod
+    def forward(ctx, weight, decay):
+        blocks = weight.movedim(1, -1)
+        shape = blocks.shape
+        blocks = blocks.reshape(-1, 4)
+        keep = torch.zeros_like(blocks).scatter_(1, blocks.abs().topk(2, dim=1).indices, 1.0)
+        mask = keep.reshape(shape).movedim(-1, 1)
+        ctx.save_for_backward(weight * (1 - mask))
+        ctx.decay = decay
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (dropped,) = ctx.saved_tensors
+        return gradient + ctx.decay * dropped, None
+
+
+class Conv(nn.Conv2d):
+    """Convolution that computes with its 2:4 view while ``sparse`` is set (4 input channels or more)."""
+
+    sparse = False
+
+    def forward(self, x):
+        weight = self.weight
+        if self.sparse and weight.shape[1] >= 4:
+            weight = _View.apply(weight, 2e-3)
+        return functional.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+class Digits(nn.Module):
+    """1x8x8 -> conv 16 -> conv 32 stride 2 -> residual block 32 -> max pool -> conv 64 -> global average -> 10."""
+
+    def __init__(self):
+        super().__init__()
+        spec = [("conv1", 1, 16, 1), ("conv2", 16, 32, 2), ("block_a", 32, 32, 1), ("block_b", 32, 32, 1),
+                ("conv3", 32, 64, 1)]
+        for name, inputs, outputs, stride in spec:
+            setattr(self, name, Conv(inputs, outputs, 3, stride=stride, padding=1, bias=False))
+            setattr(self, f"{name}_bn", nn.BatchNorm2d(outputs))
+        self.fc = nn.Linear(64, 10)
+
+    def stage(self, name, x):
+        """Convolution and batch normalisation."""
+        return getattr(self, f"{name}_bn")(getattr(self, name)(x))
+
+    def forward(self, x):
+        x = functional.relu(self.stage("conv1", x))
+        x = functional.relu(self.stage("conv2", x))
+        y = functional.relu(self.stage("block_a", x))
+        x = functional.relu(self.stage("block_b", y) + x)
+        x = functional.max_pool2d(x, 2)
+        x = functional.relu(self.stage("conv3", x))
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+def train(model, x, labels, *, epochs, rate, generator, tell):
+    """Adam with a cosine schedule; images are shifted by up to one pixel."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2)
+    steps = -(-len(x) // 64)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=epochs * steps)
+    for epoch in range(epochs):
+        model.train()
+        order = torch.randperm(len(x), generator=generator)
+        for part in order.split(64):
+            down, right = torch.randint(0, 3, (2,), generator=generator).tolist()
+            batch = functional.pad(x[part], (1, 1, 1, 1))[:, :, down:down + 8, right:right + 8]
+            loss = functional.cross_entropy(model(batch), labels[part], label_smoothing=0.05)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+        if tell and epoch % 5 == 4:
+            tell(f"epoch {epoch + 1}/{epochs}: loss {loss.item():.3f}")
+
+
+@torch.no_grad()
+def accuracy(model, split):
+    """Share of right answers on a split."""
+    model.eval()
+    x, labels = demo.digits(split)
+    return float((model(torch.from_numpy(x)).argmax(1).numpy() == labels).mean())
+
+
+def to_onnx(model):
+    """The dense network as an ONNX model, batch normalisation kept as operators."""
+    nodes, weights = [], []
+
+    def constant(name, tensor):
+        weights.append(numpy_helper.from_array(np.ascontiguousarray(tensor.detach().numpy(), np.float32), name))
+        return name
+
+    def node(operator, name, *inputs, **attributes):
+        nodes.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
+        return name
+
+    def stage(name, x):
+        conv, norm = getattr(model, name), getattr(model, f"{name}_bn")
+        x = node("Conv", name, x, constant(f"{name}.weight", conv.weight), kernel_shape=[3, 3],
+                 strides=list(conv.stride), pads=[1, 1, 1, 1])
+        return node("BatchNormalization", f"{name}_bn", x, constant(f"{name}_bn.weight", norm.weight),
+                    constant(f"{name}_bn.bias", norm.bias), constant(f"{name}_bn.mean", norm.running_mean),
+                    constant(f"{name}_bn.var", norm.running_var), epsilon=norm.eps)
+
+    x = node("Relu", "conv1_relu", stage("conv1", "image"))
+    x = node("Relu", "conv2_relu", stage("conv2", x))
+    y = node("Relu", "block_a_relu", stage("block_a", x))
+    x = node("Relu", "block_relu", node("Add", "block_sum", stage("block_b", y), x))
+    x = node("MaxPool", "pool", x, kernel_shape=[2, 2], strides=[2, 2])
+    x = node("Relu", "conv3_relu", stage("conv3", x))
+    x = node("Flatten", "flatten", node("GlobalAveragePool", "average", x), axis=1)
+    node("Gemm", "fc", x, constant("fc.weight", model.fc.weight), constant("fc.bias", model.fc.bias), transB=1)
+    nodes[-1].output[0] = "logits"
+    graph = helper.make_graph(
+        nodes, "digits", [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 1, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 10])], weights)
+    result = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8,
+                               producer_name="summand compress.training.digits")
+    onnx.checker.check_model(result, full_check=True)
+    return result
+
+
+def main(arguments=None):
+    """Command line: ``--out`` folder, ``--seed``, ``--epochs`` of the dense stage, ``--sparse-epochs``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=MODELS)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--epochs", type=int, default=25)
+    parser.add_argument("--sparse-epochs", type=int, default=15)
+    options = parser.parse_args(arguments)
+    started = time.monotonic()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(options.seed)                           # torch initialises layers from its own generator
+    generator = torch.Generator().manual_seed(options.seed)
+    model = Digits()
+    x, labels = (torch.from_numpy(a) for a in demo.digits("train"))
+    train(model, x, labels, epochs=options.epochs, rate=4e-3, generator=generator, tell=print)
+    stages = {"dense_stage": accuracy(model, "validation")}
+    for module in model.modules():
+        if isinstance(module, Conv):
+            module.sparse = True
+    if options.sparse_epochs:
+        train(model, x, labels, epochs=options.sparse_epochs, rate=2e-3, generator=generator, tell=print)
+    stages["sparse_stage_2_4"] = accuracy(model, "validation")
+    for module in model.modules():
+        if isinstance(module, Conv):
+            module.sparse = False
+    options.out.mkdir(parents=True, exist_ok=True)
+    data = to_onnx(model).SerializeToString()
+    (options.out / "digits.onnx").write_bytes(data)
+    facts = {
+        "command": f"python -m compress.training.digits --seed {options.seed} --epochs {options.epochs} "
+                   f"--sparse-epochs {options.sparse_epochs}",
+        "seed": options.seed,
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in
+                                                             ("torch", "numpy", "onnx", "scikit-learn")},
+        "split": demo.definition(),
+        "validation_accuracy_after": stages,
+        "float_accuracy": {s: accuracy(model, s) for s in ("validation", "heldout")},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "onnx_bytes": len(data),
+    }
+    (options.out / "digits.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    print(json.dumps(facts["float_accuracy"]), f"in {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

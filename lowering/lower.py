@@ -1,0 +1,170 @@
+"""`lower`: a compressed network for one configuration -> program, memory image, tensor placements, figures."""
+from dataclasses import dataclass
+
+import numpy as np
+
+from lowering.emit import LayerEmitter
+from lowering.job import make_job, planes_of
+from lowering.layout import TENSOR_ALIGN_BYTES, Constants, Placement, align
+from lowering.program import Program
+from lowering.tiling import Tiler
+from spec.derive import Sizes
+from spec.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerInfo:
+    """Figures of one layer's lowering."""
+
+    name: str
+    #: convolution, max_pool, average_pool or add.
+    op: str
+    format: str
+    #: Number of the BARRIER behind the layer (register MARK), 1 for the first.
+    mark: int
+    input: str
+    output: str
+    residual: str | None
+    #: Multiplications of the dense layer, all images; 0 for pooling and addition.
+    macs_dense: int
+    #: Multiplications the array performs, idle slots included: steps x pixels x multipliers.
+    macs_executed: int
+    #: Steps of one output strip of one column group.
+    steps: int
+    #: Instructions first .. last of the program, the BARRIER included.
+    first_instruction: int
+    last_instruction: int
+    #: Bytes of weight tiles in memory.
+    weight_bytes: int
+    #: Hardware patterns N:block that run, in order.
+    patterns: tuple[str, ...]
+    plan: object
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowered:
+    """A program with its memory image. All offsets are from register MEMORY_BASE."""
+
+    config: object
+    batch: int
+    #: Bytes the accelerator may touch (register MEMORY_BYTES); a multiple of 4096.
+    memory_bytes: int
+    #: uint8: constants and program; lies at offset 0.
+    image: np.ndarray
+    program_offset: int
+    instruction_count: int
+    tensors: dict[str, Placement]
+    layers: tuple[LayerInfo, ...]
+    #: Tensors that must be written before the program runs.
+    inputs: tuple[str, ...]
+    #: Tensors that the program makes, in order.
+    outputs: tuple[str, ...]
+
+    def new_memory(self):
+        """uint8 [memory_bytes] with the image in place and zeros elsewhere."""
+        memory = np.zeros(self.memory_bytes, np.uint8)
+        memory[:self.image.size] = self.image
+        return memory
+
+    def write_tensor(self, memory, name, array):
+        """Write int8 [batch, height, width, channels] (or without batch if it is 1) into a memory."""
+        self._placement(name).write(memory, array)
+
+    def read_tensor(self, memory, name, *, padded=False):
+        """int8 [batch, height, width, channels] from a memory; ``padded``: with the last group's padding channels."""
+        return self._placement(name).read(memory, padded=padded)
+
+    def _placement(self, name):
+        if name not in self.tensors:
+            raise InputError(f"must be one of {sorted(self.tensors)}", field="tensor", value=name)
+        return self.tensors[name]
+
+
+def lower(network, config, *, batch=1, layers=None):
+    """Lower a network, or the named layers of it, for a configuration.
+
+    Args:
+        network: `compress.network.Network`.
+        config: `spec.config.Config`.
+        batch: images per run, 1..1024; each has its own place in every tensor.
+        layers: names of the layers to lower, in any order; None for all. Tensors that these layers read and none of them
+            makes are inputs.
+    Returns: `Lowered`.
+    Raises: InputError for an unknown layer name, a layer that the configuration does not support (pattern, number of
+        terms, accumulator growth) or a size that an instruction field cannot hold.
+    """
+    if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= 1024:
+        raise InputError("must be an integer in 1..1024", field="batch", value=batch)
+    chosen = _choose(network, layers)
+    sizes = Sizes(config)
+    tensors, inputs, outputs, total = _place(network, chosen, sizes, batch)
+    program, constants, infos = Program(sizes), Constants(), []
+    for mark, layer in enumerate(chosen, 1):
+        infos.append(_lower_layer(layer, mark, sizes=sizes, tensors=tensors, batch=batch, program=program,
+                                  constants=constants))
+    program_offset = align(constants.bytes, 128)
+    words = program.finish(tensor_base := align(program_offset + _program_bytes(program, sizes), TENSOR_ALIGN_BYTES))
+    image = constants.image(program_offset + words.size)
+    image[program_offset:] = words.reshape(-1)
+    placed = {name: _moved(p, tensor_base) for name, p in tensors.items()}
+    return Lowered(config=config, batch=batch, memory_bytes=tensor_base + total, image=image,
+                   program_offset=program_offset, instruction_count=len(words), tensors=placed, layers=tuple(infos),
+                   inputs=inputs, outputs=outputs)
+
+
+def _choose(network, names):
+    if names is None:
+        return list(network.layers)
+    known = {layer.name for layer in network.layers}
+    names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+        if name not in known:
+            raise InputError(f"must be a layer of {network.name}: {', '.join(sorted(known))}", field="layer", value=name)
+    if not names:
+        raise InputError("must name at least one layer", field="layers")
+    return [layer for layer in network.layers if layer.name in set(names)]
+
+
+def _place(network, chosen, sizes, batch):
+    """Placements relative to the first tensor; inputs; outputs; bytes."""
+    made, inputs, placed, at = [layer.output for layer in chosen], [], {}, 0
+    seen = set()
+    for layer in chosen:
+        for name in (layer.input, layer.residual):
+            if name is not None and name not in seen and name not in inputs:
+                inputs.append(name)
+        seen.add(layer.output)
+    for name in [*inputs, *made]:
+        t = network.tensors[name]
+        placed[name] = Placement(name=name, offset=at, images=batch, planes=planes_of(t.channels, sizes), height=t.height,
+                                 width=t.width, channels=t.channels, unit_bytes=sizes.unit_bytes, zero_point=t.zero_point)
+        at = align(at + placed[name].bytes, TENSOR_ALIGN_BYTES)
+    return placed, tuple(inputs), tuple(made), at
+
+
+def _lower_layer(layer, mark, *, sizes, tensors, batch, program, constants):
+    job = make_job(layer, sizes=sizes, mark=mark, tensors=tensors, batch=batch)
+    tiler = Tiler(job, sizes, batch)
+    plan = tiler.plan()
+    emitter = LayerEmitter(job, plan, tiler, sizes, program, constants, batch)
+    first = len(program.instructions)
+    try:
+        emitter.emit()
+        program.barrier(mark)
+    except InputError as error:
+        raise error.within(f"layer {layer.name}") from None
+    block = sizes.config.structured.block
+    return LayerInfo(name=layer.name, op=job.op, format=job.format, mark=mark, input=layer.input, output=layer.output,
+                     residual=layer.residual, macs_dense=job.macs_dense, macs_executed=emitter.macs_executed,
+                     steps=emitter.steps_total, first_instruction=first, last_instruction=len(program.instructions) - 1,
+                     weight_bytes=emitter.weight_bytes, patterns=tuple(f"{p.n}:{block}" for p in plan.passes), plan=plan)
+
+
+def _program_bytes(program, sizes):
+    """Bytes of the finished program (END is still to come)."""
+    return (len(program.instructions) + 1) * sizes.instruction_beats * sizes.beat_bytes
+
+
+def _moved(placement, base):
+    fields = {k: getattr(placement, k) for k in placement.__dataclass_fields__}
+    return Placement(**fields | {"offset": placement.offset + base})

@@ -1,9 +1,23 @@
 """What the tests of the DMA masters share: requests, the bursts they must become, windows and memories."""
+from dataclasses import replace
 import random
+
+from spec.config import BusConfig, load
 
 PAGE_BYTES = 4096
 #: A window in the middle of the memory model: its edges can be overrun on both sides.
 BASE, WINDOW_BYTES, RAM_BYTES = 0x8000, 0x8000, 0x20000
+
+_TINY = load("tiny")
+#: The tiny preset; wide beats with enough bursts in flight for single beats at full rate; the narrowest bus with the
+#: longest bursts and the widest address; one beat and one burst at a time.
+CONFIGS = {
+    "tiny": _TINY,
+    "wide": replace(_TINY, bus=BusConfig(data_bits=128, burst_beats=16, outstanding_reads=8, outstanding_writes=8)),
+    "narrow": replace(_TINY, bus=BusConfig(data_bits=32, address_bits=40, burst_beats=256, outstanding_reads=16,
+                                           outstanding_writes=16)),
+    "single": replace(_TINY, bus=BusConfig(data_bits=64, burst_beats=1, outstanding_reads=1, outstanding_writes=1)),
+}
 
 
 def request_word(offset, beats):
@@ -44,3 +58,17 @@ def pauses(chance, seed):
     source = random.Random(seed)
     while True:
         yield source.random() < chance
+
+
+#: Requests that must be refused: name -> function of the bytes per beat giving (offset, beats).
+BAD_REQUESTS = {
+    "past_the_end": lambda beat_bytes: (WINDOW_BYTES - beat_bytes, 2),
+    "at_the_end": lambda beat_bytes: (WINDOW_BYTES, 1),
+    "far": lambda beat_bytes: ((1 << 40) - beat_bytes, 1),
+    "far_and_long": lambda beat_bytes: ((1 << 40) - beat_bytes, (1 << 20) - 1),
+    "too_long": lambda beat_bytes: (0, (1 << 20) - 1),
+    "one_too_long": lambda beat_bytes: (0, WINDOW_BYTES // beat_bytes + 1),
+    "no_beats": lambda beat_bytes: (64, 0),
+    "misaligned": lambda beat_bytes: (64 + beat_bytes // 2, 1),
+    "misaligned_by_one": lambda beat_bytes: (64 + 1, 1),
+}

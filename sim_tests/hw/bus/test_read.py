@@ -1,12 +1,12 @@
-"""ReadMaster: built once per configuration, run against memory models."""
+"""ReadMaster: built once per configuration, run against cocotbext-axi's memory, and fast, mixed and lying ones."""
 from hw.bus.read import ReadMaster
 import pytest
+from sim_tests.hw.bus.common import CONFIGS
 from sim_tests.lib.simulate import run_cocotb
 
-from spec.config import load
 
-
-@pytest.mark.parametrize("preset", ["tiny"])
-def test_read_master(preset, tmp_path):
-    config = load(preset)
-    run_cocotb(ReadMaster(config=config), "read_master", "sim_tests.hw.bus.tb_read", 29, tmp_path, config)
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("bench, tests", [("tb_read", 32), ("tb_read_faults", 119)])
+def test_read_master(name, bench, tests, tmp_path):
+    config = CONFIGS[name]
+    run_cocotb(ReadMaster(config=config), "read_master", f"sim_tests.hw.bus.{bench}", tests, tmp_path, config)

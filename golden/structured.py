@@ -1,7 +1,7 @@
 """N:M views and TASD series: a tensor as a sum of structured-sparse terms.
 
-Source: arXiv 2403.07953, section 3 (N:M view, series). The paper gives no rule for ties; here the lowest index wins, and
-magnitudes are exact integers, so that |-128| = 128.
+Source: arXiv 2403.07953, section 3 (N:M view, series). The paper gives no rule for ties; here the lowest index wins,
+and magnitudes are exact integers, so that |-128| = 128.
 """
 import numpy as np
 

@@ -12,7 +12,8 @@ from golden.structured import tasd_series
 
 def run_onnx(node, kind, feeds):
     """Output of a one-node model; ``feeds`` are int8 arrays, ``kind`` the output type."""
-    info = [helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for k, v in feeds.items()]
+    info = [helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape)
+            for k, v in feeds.items()]
     graph = helper.make_graph([node], "one", info, [helper.make_tensor_value_info("y", kind, None)])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

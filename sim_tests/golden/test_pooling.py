@@ -9,7 +9,8 @@ from onnx import TensorProto, helper
 from golden.convolution import accumulate
 from golden.pooling import average_pool_sum, max_pool
 
-GRID = list(itertools.product([(2, 2), (3, 3), (3, 2), (1, 4)], [(1, 1), (2, 2), (3, 1)], [(0, 0, 0, 0), (1, 1, 1, 1), (0, 1, 2, 0)]))
+GRID = list(itertools.product([(2, 2), (3, 3), (3, 2), (1, 4)], [(1, 1), (2, 2), (3, 1)],
+                              [(0, 0, 0, 0), (1, 1, 1, 1), (0, 1, 2, 0)]))
 
 
 @pytest.mark.parametrize("window, stride, pads", [g for g in GRID if max(g[2]) < min(g[0]) or not any(g[2])])

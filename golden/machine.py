@@ -1,0 +1,561 @@
+"""The machine: executes programs on a memory image, bit for bit what the hardware does, one instruction at a time.
+
+Written from spec/isa.py, spec/formats.py, spec/derive.py, spec/registers.py and docs/numerics.md alone.
+
+**Faults of programs.** Beside the errors that the hardware reports (codes of `spec.registers.Error`) the machine finds
+two kinds of fault that hardware cannot see and that show a mistake of the lowering; they carry ``Error.NONE``:
+
+* *never written*: a slot with non-zero weight reads an activation block, or an instruction reads a weight beat, step
+  entry, parameter beat, residual unit or accumulator, that nobody wrote since the machine was made. (Hardware would
+  compute with whatever lies there.)
+* *not ordered*: two units touch the same place, at least one of them writes, and neither tokens nor a barrier put one
+  before the other, so that the outcome would depend on timing.
+
+**How the order check works.** Four clocks tick: instructions of the load unit (L), of the execute unit (E), and for the
+store unit two, because a STORE ends twice: its accumulator reads (A) and all it does (F). Each unit keeps a vector: the
+latest tick of every clock known to be over. A token carries the vector of its giver: LOAD and EXECUTE include their own
+tick; STORE includes its A tick in a token for execute, and A and F ticks in a token for load (memory acknowledged the
+writes). Taking a token joins the vectors. A STORE's parameter reads come after its load token only, everything else
+after both tokens. A BARRIER joins everything. Every place has one writing and one reading unit (for example weights: L
+writes, E reads) and remembers the last tick of each: a read is wrong if the last write's tick is not yet in the
+reader's vector, a write is wrong if the last read's tick is not in the writer's. The grain is the exact one: activation
+block, beat, entry, unit of memory; an accumulator bank counts as one. So a program in which every conflict is ordered
+by tokens raises no alarm, whatever its timing.
+"""
+from collections import Counter, OrderedDict, deque
+from functools import lru_cache
+
+import numpy as np
+
+from golden.requantize import requantize
+from golden.tiles import spread, unpack_tiles
+from spec import isa
+from spec.derive import PARAMETER_BITS, STEP_BITS, TOKEN_BITS, Sizes
+from spec.formats import column_parameters, step_entry
+from spec.isa import LinearTarget, Opcode, Operation, TileTarget, Unit
+from spec.registers import Error
+
+_L, _E, _A, _F = range(4)
+_UNITS = (Unit.LOAD, Unit.EXECUTE, Unit.STORE)
+#: Sums below this are exact in float32, in any order.
+_FLOAT32_EXACT = 1 << 24
+#: Decoded tile sets kept for reuse by the next output tile.
+_TILE_SETS = 32
+
+
+class MachineError(Exception):
+    """A program or its data broke a rule.
+
+    Attributes: code: `spec.registers.Error`; NONE for faults that hardware does not report (see the module).
+    address: byte offset that belongs to the error, the register ERROR_ADDRESS (memory errors: the first transfer that
+    is wrong; others: the instruction). pc: number of the instruction. text: what happened.
+    """
+
+    def __init__(self, code, address, pc, text):
+        self.code, self.address, self.pc, self.text = Error(code), int(address), int(pc), text
+        super().__init__(f"instruction {pc}, offset {address:#x}: {self.code.name}: {text}")
+
+
+class _Place:
+    """Ticks of the last write and read of every piece of a memory; tick 0 stands for never."""
+
+    def __init__(self, name, count, writer, reader):
+        self.name, self.writer, self.reader = name, writer, reader
+        self.written, self.read = np.zeros(count, np.int32), np.zeros(count, np.int32)
+
+
+@lru_cache(maxsize=65536)
+def _unpack_step(word, taps):
+    entry = step_entry(taps).unpack(word)
+    return (*entry["offset"], *entry["enable"], entry["n_log2"], entry["segments_log2"], entry["hold"])
+
+
+class Machine:
+    """One accelerator and its memory.
+
+    Args:
+        config: `spec.config.Config`.
+        memory: bytearray or uint8 array; offset 0 is what register MEMORY_BASE points to, its length is MEMORY_BYTES.
+            The machine reads and writes it in place.
+        hazards: check that conflicting accesses are ordered (see the module).
+
+    Attributes:
+        memory: uint8 view of the memory. mark: number of the last BARRIER passed.
+        counts: `collections.Counter` of ``macs`` (products of a non-zero stored weight and a pixel, operation ADD
+            only), ``pixel_steps`` (pixels streamed past a tile = issue cycles of the array), ``bytes_read`` and
+            ``bytes_written`` (data), ``bytes_instructions``, and one entry per opcode name.
+    Raises: TypeError for other memories.
+    """
+
+    def __init__(self, config, memory, *, hazards=True):
+        if isinstance(memory, bytearray):
+            memory = np.frombuffer(memory, np.uint8)
+        good = isinstance(memory, np.ndarray) and memory.dtype == np.uint8 and memory.ndim == 1
+        if not good or not memory.flags.writeable:
+            raise TypeError(f"memory must be a bytearray or a writable uint8 vector, not {type(memory).__name__}")
+        self.config, self.sizes, self.memory, self.hazards = config, Sizes(config), memory, hazards
+        s, z = config.structured, self.sizes
+        self.mark, self.counts = 0, Counter()
+        #: Operand values; float32, in which they are exact, so that EXECUTE need not convert what it gathers.
+        self._activation = np.zeros((z.activation_blocks, s.block), np.float32)
+        self._weight = np.zeros((z.weight_beats, z.beat_bytes), np.uint8)
+        self._steps = np.zeros((config.memory.step_entries, 2 * s.taps + 3), np.int64)
+        self._parameter = np.zeros((z.parameter_words, z.beat_bytes), np.uint8)
+        self._residual = np.zeros((z.residual_units, s.columns), np.int8)
+        self._accumulator = np.zeros((2, s.accumulator_depth, s.columns), np.int64)
+        #: Pixels of each bank that hold a sum.
+        self._filled = [0, 0]
+        self._places = {
+            "activation": _Place("activation block", z.activation_blocks, _L, _E),
+            "weight": _Place("weight beat", z.weight_beats, _L, _E),
+            "step": _Place("step entry", config.memory.step_entries, _L, _E),
+            "parameter": _Place("parameter beat", z.parameter_words, _L, _F),
+            "residual": _Place("residual unit", z.residual_units, _L, _F),
+            "accumulator": _Place("accumulator bank", 2, _E, _A),
+            "memory": _Place("memory unit", -(-len(memory) // z.unit_bytes), _F, _L),
+        }
+        self._clock = np.zeros(4, np.int64)
+        self._vector = {u: np.zeros(4, np.int64) for u in _UNITS}
+        self._tokens = {(a, b): deque() for a in _UNITS for b in _UNITS if a != b}
+        self._tile_sets = OrderedDict()
+        self._held = self._early = None
+        self._program = (0, 0)
+        self._pc = self._at = 0
+
+    # -- what a debugger and the tests look at -------------------------------------------------------------------------
+    @property
+    def activation(self):
+        """int8 [blocks, block]: operand values in the activation scratchpad."""
+        return self._activation.astype(np.int8)
+
+    @property
+    def accumulator(self):
+        """int64 [2, accumulator_depth, columns]: a copy of both banks."""
+        return self._accumulator.copy()
+
+    @property
+    def tokens(self):
+        """Number of tokens waiting: {(giver, taker): count}."""
+        return {pair: len(waiting) for pair, waiting in self._tokens.items()}
+
+    # -- running -------------------------------------------------------------------------------------------------------
+    def run(self, program_offset, count):
+        """Execute a program from the beginning; scratchpads and counts stay from run to run, tokens do not.
+
+        Args: program_offset: bytes, a multiple of the beat. count: instructions, register PROGRAM_COUNT.
+        Raises: MachineError.
+        """
+        stride = self.sizes.instruction_beats * self.sizes.beat_bytes
+        self._program = (program_offset, program_offset + count * stride)
+        for waiting in self._tokens.values():
+            waiting.clear()
+        self._join_all()
+        for self._pc in range(count):
+            self._at = program_offset + self._pc * stride
+            if program_offset % self.sizes.beat_bytes or self._at < 0 or self._at + stride > len(self.memory):
+                self._fail(Error.MEMORY_RANGE, f"the instruction must lie in memory ({len(self.memory)} bytes), "
+                           "on a beat")
+            word = int.from_bytes(self.memory[self._at:self._at + isa.INSTRUCTION_BITS // 8].tobytes(), "little")
+            self.counts["bytes_instructions"] += stride
+            if self._instruction(word):
+                return
+        self._pc, self._at = count, program_offset + count * stride
+        self._fail(Error.PROGRAM_END, f"no END among {count} instructions")
+
+    def _fail(self, code, text, address=None):
+        raise MachineError(code, self._at if address is None else address, self._pc, text)
+
+    def _require(self, good, text, code=Error.ILLEGAL_FIELD):
+        if not good:
+            self._fail(code, text)
+
+    def _instruction(self, word):
+        """Execute one word; returns whether it was END."""
+        opcode, f = isa.decode(word)
+        if opcode is None:
+            self._fail(Error.ILLEGAL_OPCODE, f"operation code {word & 15} is unknown")
+        if self._pc == 0 and opcode is not Opcode.HEADER:
+            self._fail(Error.DIGEST_MISMATCH, f"a program must begin with HEADER, not {opcode.name}")
+        self._require(f["reserved"] == 0, "reserved bits must be 0")
+        unit = isa.UNIT_OF[opcode]
+        own = _UNITS if unit is Unit.CONTROL else (unit,)
+        for other in own:
+            self._require(not f[f"wait_{other.name.lower()}"] and not f[f"push_{other.name.lower()}"],
+                          f"{opcode.name} must not exchange tokens with the {other.name.lower()} unit")
+        self.counts[opcode.name] += 1
+        if opcode is Opcode.END:
+            return True
+        if unit is Unit.CONTROL:
+            self._control(opcode, f)
+            return False
+        check, act = {
+            Opcode.LOAD_TILE: (self._check_load_tile, self._load_tile),
+            Opcode.LOAD_LINEAR: (self._check_load_linear, self._load_linear),
+            Opcode.FILL: (self._check_fill, self._fill),
+            Opcode.EXECUTE: (self._check_execute, self._execute),
+            Opcode.STORE: (self._check_store, self._store)}[opcode]
+        check(f)
+        self._wait(unit, f)
+        act(f)
+        self._push(unit, f)
+        return False
+
+    def _control(self, opcode, f):
+        if opcode is Opcode.HEADER:
+            same = f["digest"] == self.sizes.digest_value and f["version"] == isa.VERSION
+            self._require(same, f"the program is for config {f['digest']:012x}, version {f['version']}, not "
+                          f"{self.config.digest}, version {isa.VERSION}", Error.DIGEST_MISMATCH)
+        else:
+            self._join_all()
+            self.mark = f["mark"]
+
+    # -- tokens and order ----------------------------------------------------------------------------------------------
+    def _join_all(self):
+        for vector in self._vector.values():
+            vector[:] = self._clock
+
+    def _wait(self, unit, f):
+        """Take the tokens; ``_early`` is the vector before the execute token, on which parameter reads may rely."""
+        vector = self._vector[unit]
+        for giver in _UNITS:
+            if f[f"wait_{giver.name.lower()}"]:
+                waiting = self._tokens[giver, unit]
+                if not waiting:
+                    self._fail(Error.WATCHDOG, f"no token from {giver.name.lower()} to {unit.name.lower()}: "
+                               "waits for ever")
+                np.maximum(vector, waiting.popleft(), out=vector)
+            if giver is Unit.LOAD:
+                self._early = vector.copy()
+        for clock in ((_A, _F) if unit is Unit.STORE else (_L,) if unit is Unit.LOAD else (_E,)):
+            self._clock[clock] += 1
+
+    def _push(self, unit, f):
+        for taker in _UNITS:
+            if not f[f"push_{taker.name.lower()}"]:
+                continue
+            known = self._vector[unit].copy()
+            store = (_A,) if taker is Unit.EXECUTE else (_A, _F)
+            over = {Unit.LOAD: (_L,), Unit.EXECUTE: (_E,), Unit.STORE: store}[unit]
+            for clock in over:
+                known[clock] = self._clock[clock]
+            waiting = self._tokens[unit, taker]
+            waiting.append(known)
+            if len(waiting) >> TOKEN_BITS:
+                self._fail(Error.TOKEN_OVERFLOW, f"more than {(1 << TOKEN_BITS) - 1} tokens from "
+                           f"{unit.name.lower()} to {taker.name.lower()}")
+
+    def _reads(self, name, where, vector, *, known=True):
+        """Note a read of pieces ``where`` of a place; ``known``: they must have been written."""
+        place = self._places[name]
+        written = place.written[where]
+        if known and (written == 0).any():
+            first = np.asarray(where).ravel()[np.argmax(written == 0)] if not isinstance(where, slice) else \
+                where.start + int(np.argmax(written == 0))
+            self._fail(Error.NONE, f"{place.name} {first} is read but was never written")
+        if self.hazards:
+            if written.size and written.max() > vector[place.writer]:
+                self._fail(Error.NONE, f"reading {place.name}: no token or barrier orders it after its last write")
+            place.read[where] = self._clock[place.reader]
+
+    def _writes(self, name, where, vector):
+        """Note a write of pieces ``where`` of a place."""
+        place = self._places[name]
+        if self.hazards and (read := place.read[where]).size and read.max() > vector[place.reader]:
+            self._fail(Error.NONE, f"writing {place.name}: no token or barrier orders it after its last read")
+        place.written[where] = self._clock[place.writer]
+
+    # -- load unit -----------------------------------------------------------------------------------------------------
+    def _grid(self, base, *loops):
+        """Addresses ``base + sum index * step`` of nested loops (count, step), int64 with one axis per loop."""
+        out = np.int64(base)
+        for count, step in loops:
+            out = out[..., None] + np.arange(count, dtype=np.int64) * step
+        return out
+
+    def _units(self, units):
+        """Refuse memory units out of range, naming the first in loop order."""
+        bad = (units + 1) * self.sizes.unit_bytes > len(self.memory)
+        if bad.any():
+            at = int(units[bad][0]) * self.sizes.unit_bytes
+            self._fail(Error.MEMORY_RANGE, f"a transfer at {at:#x} leaves memory ({len(self.memory)} bytes)", at)
+
+    def _range(self, name, first, last, count):
+        if first < 0 or last >= count:
+            self._fail(Error.SCRATCHPAD_RANGE, f"{name} {last} is out of range (0..{count - 1})")
+
+    def _as_units(self):
+        unit = self.sizes.unit_bytes
+        return self.memory[:len(self.memory) // unit * unit].reshape(-1, unit)
+
+    def _operands(self, data):
+        """Activation operands as float32: the low bits of each byte, sign-extended."""
+        spare = np.int8(8 - self.sizes.activation.bits)
+        return (data.view(np.int8) << spare >> spare).astype(np.float32)
+
+    def _check_load_tile(self, f):
+        self._require(f["target"] in TileTarget.__members__.values(), f"target {f['target']} is unknown")
+        for name in ("planes", "rows", "cols"):
+            self._require(f[name], f"{name} must be at least 1")
+
+    def _load_tile(self, f):
+        z, s = self.sizes, self.config.structured
+        if f["address"] % z.unit_bytes:
+            self._fail(Error.MEMORY_RANGE, f"address must be a multiple of {z.unit_bytes}", f["address"])
+        units = self._grid(f["address"] // z.unit_bytes, (f["planes"], f["plane_stride"]), (f["rows"], f["row_stride"]),
+                           (f["cols"], 1)).ravel()
+        self._units(units)
+        target = self._grid(f["base"], (f["planes"], f["plane_step"]), (f["rows"], f["row_step"]),
+                            (f["cols"], f["col_step"])).ravel()
+        vector = self._vector[Unit.LOAD]
+        self._reads("memory", units, vector, known=False)
+        data = self._as_units()[units]
+        self.counts["bytes_read"] += data.size
+        if f["target"] == TileTarget.RESIDUAL:
+            self._range("residual unit", target.min(), target.max(), z.residual_units)
+            self._writes("residual", target, vector)
+            self._residual[target] = data.view(np.int8)
+        else:
+            target = target[:, None] + np.arange(z.group_blocks)
+            self._range("activation block", target.min(), target.max(), z.activation_blocks)
+            self._writes("activation", target, vector)
+            self._activation[target] = self._operands(data).reshape(-1, z.group_blocks, s.block)
+
+    def _check_load_linear(self, f):
+        self._require(f["target"] in LinearTarget.__members__.values(), f"target {f['target']} is unknown")
+        self._require(f["beats"], "beats must be at least 1")
+        if f["target"] == LinearTarget.STEP:
+            whole = self.sizes.step_beats
+            self._require(f["beats"] % whole == 0, f"beats must be whole entries of {whole}")
+
+    def _load_linear(self, f):
+        z, at, size = self.sizes, f["address"], f["beats"] * self.sizes.beat_bytes
+        if at % z.beat_bytes:
+            self._fail(Error.MEMORY_RANGE, f"address must be a multiple of {z.beat_bytes}", at)
+        if at + size > len(self.memory):
+            self._fail(Error.MEMORY_RANGE, f"the transfer of {size} bytes leaves memory ({len(self.memory)} bytes)", at)
+        name, table, count = {
+            LinearTarget.WEIGHT: ("weight", self._weight, f["beats"]),
+            LinearTarget.STEP: ("step", self._steps, f["beats"] // z.step_beats),
+            LinearTarget.PARAMETER: ("parameter", self._parameter, f["beats"])}[LinearTarget(f["target"])]
+        self._range(self._places[name].name, f["base"], f["base"] + count - 1, len(table))
+        vector, where = self._vector[Unit.LOAD], slice(f["base"], f["base"] + count)
+        self._reads("memory", slice(at // z.unit_bytes, (at + size) // z.unit_bytes), vector, known=False)
+        self._writes(name, where, vector)
+        data = self.memory[at:at + size].reshape(count, -1)
+        self.counts["bytes_read"] += size
+        if name == "step":
+            taps = self.config.structured.taps
+            words = (int.from_bytes(row[:STEP_BITS // 8].tobytes(), "little") for row in data)
+            table[where] = [_unpack_step(word, taps) for word in words]
+        else:
+            table[where] = data
+
+    def _check_fill(self, f):
+        for name in ("rows", "blocks"):
+            self._require(f[name], f"{name} must be at least 1")
+
+    def _fill(self, f):
+        where = self._grid(f["base"], (f["rows"], f["row_step"]), (f["blocks"], 1)).ravel()
+        self._range("activation block", where.min(), where.max(), self.sizes.activation_blocks)
+        self._writes("activation", where, self._vector[Unit.LOAD])
+        self._activation[where] = self._operands(np.array([f["value"]], np.int8))
+
+    # -- execute unit --------------------------------------------------------------------------------------------------
+    def _check_pixels(self, f):
+        for name in ("rows", "cols"):
+            self._require(f[name], f"{name} must be at least 1")
+        depth = self.config.structured.accumulator_depth
+        self._require(f["rows"] * f["cols"] <= depth, f"rows * cols must be at most {depth}")
+
+    def _check_execute(self, f):
+        self._check_pixels(f)
+        self._require(f["steps"], "steps must be at least 1")
+        self._require(f["operation"] in Operation.__members__.values(), f"operation {f['operation']} is unknown")
+
+    def _step_fields(self, f):
+        """The step entries of an EXECUTE as named int64 columns, checked."""
+        s, z, vector = self.config.structured, self.sizes, self._vector[Unit.EXECUTE]
+        where = slice(f["step"], f["step"] + f["steps"])
+        self._range("step entry", where.start, where.stop - 1, len(self._steps))
+        self._reads("step", where, vector)
+        rows, taps = self._steps[where], s.taps
+        offset, enable, (n_log2, segments_log2, hold) = rows[:, :taps], rows[:, taps:2 * taps], rows[:, 2 * taps:].T
+        known = np.isin(1 << n_log2, [p.n for p in s.patterns])
+        self._require(known.all(), f"step {np.argmin(known)} must name a supported pattern, not n_log2 "
+                      f"{n_log2[np.argmin(known)]}")
+        length = np.array([z.fetch_blocks(1 << n) for n in n_log2.tolist()]) >> segments_log2
+        good = (1 << segments_log2 <= taps) & (length >= 1)
+        self._require(good.all(), f"step {np.argmin(good)} has more segments than the fetch")
+        return offset, enable.astype(bool), 1 << n_log2, segments_log2, hold.astype(bool), length
+
+    def _tiles(self, f, n, hold):
+        """Tiles of an EXECUTE: {N: (matrices, non-zeros per tile, largest absolute column sum per tile)} and each
+        step's place in its matrices."""
+        z, s, vector = self.sizes, self.config.structured, self._vector[Unit.EXECUTE]
+        loaded = [v for v, held in zip(n.tolist(), hold.tolist()) if not held]
+        total = sum(z.tile_beats(v) for v in loaded)
+        if loaded:
+            self._range("weight beat", f["weight"], f["weight"] + total - 1, z.weight_beats)
+            self._reads("weight", slice(f["weight"], f["weight"] + total), vector)
+        data = self._weight[f["weight"]:f["weight"] + total]
+        key = (tuple(loaded), data.tobytes())
+        sets = self._tile_sets.pop(key, None)
+        if sets is None:
+            beats = np.array([z.tile_beats(v) for v in loaded], np.int64)
+            start, sets, kinds = np.cumsum(beats) - beats, {}, np.array(loaded)
+            for kind in sorted(set(loaded)):
+                where = start[kinds == kind][:, None] + np.arange(z.tile_beats(kind))
+                values, indices = unpack_tiles(data[where].tobytes(), self.config, kind)
+                try:
+                    dense = spread(values, indices, self.config, kind)
+                except ValueError as error:
+                    self._fail(Error.NONE, str(error))
+                sets[kind] = (dense, np.count_nonzero(values, axis=(1, 2)), np.abs(dense).sum(axis=1).max(axis=1))
+        self._tile_sets[key] = sets
+        while len(self._tile_sets) > _TILE_SETS:
+            self._tile_sets.popitem(last=False)
+        place, count, now, extra = np.zeros(len(n), np.int64), Counter(), None, None
+        for step, (kind, held) in enumerate(zip(n.tolist(), hold.tolist())):
+            if not held:
+                now = (kind, count[kind])
+                count[kind] += 1
+            elif now is None:                                    # the last tile of the EXECUTE before
+                if self._held is None:
+                    self._fail(Error.NONE, "hold without any tile before it")
+                extra = now = (self._held[0], -1)
+            if now[0] != kind:
+                self._fail(Error.NONE, f"step {step} holds a tile of {now[0]}:{s.block} as {kind}:{s.block}")
+            place[step] = now[1]
+        if extra:                                                # append it, so that place -1 finds it
+            kind, tile = self._held
+            have = sets.get(kind)
+            joined = tile if have is None else tuple(np.concatenate(pair) for pair in zip(have, tile))
+            sets = sets | {kind: joined}
+        self._held = (now[0], tuple(a[now[1]][None] for a in sets[now[0]]))
+        return sets, place
+
+    def _execute(self, f):
+        s, z, vector = self.config.structured, self.sizes, self._vector[Unit.EXECUTE]
+        bank, fmt = f["bank"], z.accumulator
+        offset, enable, n, segments_log2, hold, length = self._step_fields(f)
+        sets, place = self._tiles(f, n, hold)
+        pixels = self._grid(f["base"], (f["rows"], f["row_step"]), (f["cols"], f["col_step"])).ravel()
+        self._check_stream(pixels, offset, enable, segments_log2, length)
+        self._writes("accumulator", [bank], vector)
+        if f["accumulate"] and self._filled[bank] < len(pixels):
+            self._fail(Error.NONE, f"accumulator bank {bank} is added to but was never written")
+        before = self._accumulator[bank, :len(pixels)] if f["accumulate"] else None
+        bound = 0 if before is None else int(np.abs(before).max())
+        bound += sum(int(sets[k][2][place[n == k]].sum(dtype=np.float64)) for k in set(n.tolist())) * -z.activation.lo
+        stepwise = f["operation"] == Operation.MAX or bound > fmt.hi
+        sums = np.zeros((len(n), len(pixels), s.columns), np.int64) if stepwise else 0
+        self.counts["pixel_steps"] += len(n) * len(pixels)
+        for kind, segments in sorted(set(zip(n.tolist(), segments_log2.tolist()))):
+            matrices, nonzeros, largest = sets[kind]
+            (chosen,) = np.nonzero((n == kind) & (segments_log2 == segments))
+            # As many steps at once as keep every float32 sum exact.
+            worst = max(1.0, float(largest[place[chosen]].max()) * -z.activation.lo)
+            at_once = max(1, int((_FLOAT32_EXACT - 1) // worst))
+            for at in range(0, len(chosen), at_once):
+                steps = chosen[at:at + at_once]
+                tiles = matrices[place[steps]]
+                fetch = self._gather(pixels, offset[steps, :1 << segments], enable[steps, :1 << segments],
+                                     int(length[steps[0]]), tiles)
+                if stepwise:
+                    sums[steps] = np.matmul(fetch.swapaxes(0, 1), tiles)
+                else:
+                    sums = sums + (fetch.reshape(len(pixels), -1) @ tiles.reshape(-1, s.columns)).astype(np.int64)
+            if f["operation"] == Operation.ADD:
+                self.counts["macs"] += int(nonzeros[place[chosen]].sum()) * len(pixels)
+        if stepwise:
+            result = before
+            for step in sums:
+                result = step if result is None else np.maximum(result, step) if f["operation"] == Operation.MAX else \
+                    result + step
+                self._check_accumulators(result, fmt)
+        else:
+            result = sums if before is None else before + sums
+            self._check_accumulators(result, fmt)
+        self._accumulator[bank, :len(pixels)] = result
+        # Sums of pixels beyond these belong to an earlier output tile.
+        if not f["accumulate"]:
+            self._filled[bank] = len(pixels)
+
+    def _check_accumulators(self, values, fmt):
+        if values.min() < fmt.lo or values.max() > fmt.hi:
+            pixel, column = np.argwhere((values < fmt.lo) | (values > fmt.hi))[0]
+            self._fail(Error.ACCUMULATOR_OVERFLOW, f"pixel {pixel}, column {column}: {values[pixel, column]} leaves "
+                       f"{fmt.bits} bits")
+
+    def _check_stream(self, pixels, offset, enable, segments_log2, length):
+        """STREAM_ADDRESS: every enabled segment aligned, in range, and alone in its banks."""
+        z = self.sizes
+        enable = enable & (np.arange(enable.shape[1]) < 1 << segments_log2[:, None])
+        last = int(pixels.max()) + np.where(enable, offset + length[:, None], 0).max(axis=1)
+        good = last <= z.activation_blocks
+        self._require(good.all(), f"step {np.argmin(good)} fetches block {last.max() - 1}, beyond "
+                      f"{z.activation_blocks - 1}", Error.STREAM_ADDRESS)
+        for size in set(length.tolist()):
+            phases = np.unique(pixels % size)[:, None, None]
+            odd = ((phases + offset) % size != 0) & enable & (length == size)[:, None]
+            self._require(not odd.any(), f"step {np.argmax(odd.any(axis=(0, 2)))} fetches from an address that is no "
+                          f"multiple of {size}", Error.STREAM_ADDRESS)
+        # Segment addresses of one pixel differ by their offsets alone, and are multiples of the length: they meet in a
+        # bank exactly if the offsets are equal modulo the banks.
+        for a in range(enable.shape[1]):
+            for b in range(a):
+                meet = enable[:, a] & enable[:, b] & ((offset[:, a] - offset[:, b]) % z.banks == 0)
+                self._require(not meet.any(), f"segments {b} and {a} of step {np.argmax(meet)} meet in a bank",
+                              Error.STREAM_ADDRESS)
+
+    def _gather(self, pixels, offset, enable, length, tiles):
+        """Fetches of all pixels and steps, float32 [pixels, steps, fetch_blocks * block]."""
+        steps, blocks = len(tiles), offset.shape[1] * length
+        used = tiles.reshape(steps, blocks, -1).any(axis=2)                       # [steps, blocks]
+        off = (offset[:, :, None] + np.arange(length)).reshape(steps, blocks)
+        on = np.repeat(enable, length, axis=1)
+        if (used & ~on).any():
+            self._fail(Error.NONE, "a slot on a disabled segment holds a weight other than 0")
+        where = pixels[:, None, None] + off
+        self._reads("activation", where[:, used], self._vector[Unit.EXECUTE])
+        where[:, ~on] = 0                                        # weights are 0 there: any value will do
+        return np.take(self._activation, where.reshape(len(pixels), -1), axis=0).reshape(len(pixels), steps, -1)
+
+    # -- store unit ----------------------------------------------------------------------------------------------------
+    def _check_store(self, f):
+        self._check_pixels(f)
+        self._require(f["low"] <= f["high"], "low must be at most high")
+
+    def _store(self, f):
+        z, s, vector, bank = self.sizes, self.config.structured, self._vector[Unit.STORE], f["bank"]
+        if f["address"] % z.unit_bytes:
+            self._fail(Error.MEMORY_RANGE, f"address must be a multiple of {z.unit_bytes}", f["address"])
+        units = self._grid(f["address"] // z.unit_bytes, (f["rows"], f["row_stride"]), (f["cols"], 1)).ravel()
+        self._units(units)
+        where = slice(f["parameter"], f["parameter"] + z.parameter_beats)
+        self._range("parameter beat", where.start, where.stop - 1, z.parameter_words)
+        self._reads("parameter", where, self._early)
+        words = self._parameter[where].ravel()[:s.columns * PARAMETER_BITS // 8].view("<u8")
+        columns = [column_parameters().unpack(int(w)) for w in words]
+        residual = None
+        if f["residual"]:
+            first, last = f["residual_base"], f["residual_base"] + len(units)
+            self._range("residual unit", first, last - 1, z.residual_units)
+            self._reads("residual", slice(first, last), vector)
+            residual = self._residual[first:last]
+        self._reads("accumulator", [bank], vector)
+        if self._filled[bank] < len(units):
+            self._fail(Error.NONE, f"accumulator bank {bank} holds {self._filled[bank]} pixels, "
+                       f"{len(units)} are stored")
+        if any(c["reserved"] for c in columns):
+            self._fail(Error.NONE, "reserved bits of column parameters must be 0")
+        out = requantize(
+            self._accumulator[bank, :len(units)], residual=residual,
+            **{name: np.array([c[name] for c in columns]) for name in ("bias", "multiplier", "shift")},
+            **{name: f[name] for name in ("zero_point", "low", "high", "residual_zero_point", "residual_multiplier")})
+        at = units * z.unit_bytes
+        if ((at < self._program[1]) & (at + z.unit_bytes > self._program[0])).any():
+            self._fail(Error.NONE, "the program is overwritten while it runs")
+        self._writes("memory", units, vector)
+        self._as_units()[units] = out.view(np.uint8)
+        self.counts["bytes_written"] += out.size

@@ -152,11 +152,14 @@ class Quantizer:
 
     Args:
         graph: the float network. calibration: Calibration. observer, percentile: see `ranges`.
+        bias_correction: add the mean that the dropped weights contributed on the calibration samples,
+            ``mean((W - W*) X)`` per output channel, to the bias; costs nothing in hardware, 0 where nothing is dropped.
         progress: called with (step name, fraction).
     """
 
-    def __init__(self, graph, calibration, *, observer="minmax", percentile=99.99, progress=None):
-        self.graph, self.calibration = graph, calibration
+    def __init__(self, graph, calibration, *, observer="minmax", percentile=99.99, bias_correction=True,
+                 progress=None):
+        self.graph, self.calibration, self.bias_correction = graph, calibration, bias_correction
         self.settings = {"observer": observer} | ({"percentile": percentile} if observer == "percentile" else {})
         tell = (lambda f: progress("calibrate", f)) if progress else None
         self.ranges = ranges(graph, calibration.x, observer=observer, percentile=percentile, progress=tell)
@@ -239,10 +242,12 @@ class Quantizer:
         kept = sum(t.values.astype(np.int64) for t in terms)
         if int(np.abs(kept).sum(axis=(1, 2, 3)).max()) * 128 >= 1 << 31:
             raise InputError("could leave the 32-bit accumulator (too many inputs)", field=f"layer {node.name!r}")
-        bias = np.round(node.bias.astype(np.float64) / (source.scale * scale)).astype(np.int64)
+        error, shift = self._dropped(node, values, kept, scale)
+        bias = np.clip(np.round((node.bias + shift) / (source.scale * scale)), -_LARGEST_BIAS, _LARGEST_BIAS)
+        bias = bias.astype(np.int64)
         folded = convolution.fold_bias(bias, kept, source.zero_point)
         metrics = methods.weight_metrics(values, scale, terms)
-        metrics["output_error"] = self._output_error(node, values, kept, scale)
+        metrics["output_error"] = error
         if reason:
             metrics["kept_dense"] = reason
         return Convolution(
@@ -251,17 +256,20 @@ class Quantizer:
             format=str(method), metrics=metrics,
             requantization=self._requantization(node, folded, source.scale * scale / output.scale))
 
-    def _output_error(self, node, values, kept, scale):
-        """||(W - W*) X|| / ||W X|| with W the dense int8 weights and X the float inputs on calibration samples."""
+    def _dropped(self, node, values, kept, scale):
+        """(||(W - W*) X|| / ||W X||, correction of the bias [K]) with W the dense int8 weights, W* the kept ones and X
+        the float inputs on calibration samples."""
         if np.array_equal(values, kept):
-            return 0.0
+            return 0.0, np.zeros(len(scale))
         x, shape = self._samples[node.input], {"stride": node.stride, "pads": node.pads, "dilation": node.dilation,
                                                "groups": node.groups}
         real = scale[:, None, None, None]
         if node.name not in self._norms:
             self._norms[node.name] = float(np.linalg.norm(graphs.convolve(x, values * real, **shape)))
-        lost = float(np.linalg.norm(graphs.convolve(x, (values - kept) * real, **shape)))
-        return lost / self._norms[node.name] if self._norms[node.name] else 0.0
+        lost = graphs.convolve(x, (values - kept) * real, **shape)
+        norm = self._norms[node.name]
+        error = float(np.linalg.norm(lost)) / norm if norm else 0.0
+        return error, lost.mean(axis=(0, 1, 2), dtype=np.float64) * bool(self.bias_correction)
 
     def _channelwise(self, node):
         """Pooling and addition: weight 1, so the bias only takes the input's zero point out."""
@@ -287,17 +295,18 @@ class Quantizer:
         g = self.graph
         facts = {"source_digest": g.source_digest, "import_notes": list(g.notes), "method": recipe.to_dict(),
                  "calibration": {"source": self.calibration.source, "samples": len(self.calibration.x)} | self.settings,
+                 "bias_correction": self.bias_correction,
                  "flat_input": g.flat_input, "flat_output": g.flat_output,
                  "versions": {name: version(name) for name in ("numpy", "onnx")}}
         return Network(name=g.name, input=g.input, output=g.output, tensors=dict(self.tensors), layers=tuple(layers),
                        provenance=facts | (provenance or {}))
 
 
-def quantize(graph, calibration, method="dense", *, observer="minmax", percentile=99.99, provenance=None,
-             progress=None):
+def quantize(graph, calibration, method="dense", *, observer="minmax", percentile=99.99, bias_correction=True,
+             provenance=None, progress=None):
     """Quantise ``graph`` under a method string, recipe or recipe file (not ``tasder``); see `Quantizer`."""
     plan = methods.recipe(method)
     if plan.default.searched:
         raise InputError("tasder must be searched: use compress.tasder or compress.flow", field="method")
-    return Quantizer(graph, calibration, observer=observer, percentile=percentile,
+    return Quantizer(graph, calibration, observer=observer, percentile=percentile, bias_correction=bias_correction,
                      progress=progress).network(plan, provenance=provenance)

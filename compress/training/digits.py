@@ -1,8 +1,9 @@
 """Trains the demo network on scikit-learn's digits and writes ``models/digits.onnx`` and ``models/digits.json``.
 
 Run from the repository's root in an environment with PyTorch (extra ``train``): ``python -m compress.training.digits``.
-Two stages: dense training, then a short 2:4 fine-tune in which each eligible layer computes with the 2:4 view of its
-weights (straight-through gradient, pruned weights pulled to zero as in SR-STE). The file holds the dense weights.
+Two stages: dense training, then a short fine-tune on the sum of two losses, dense and with the 2:4 view of the weights
+(straight-through gradient), while the weights outside the view shrink a little each step. The file holds the dense
+weights, which therefore lose little when they are pruned later.
 """
 import argparse
 from importlib.metadata import version
@@ -23,24 +24,8 @@ from compress import demo
 MODELS = Path(__file__).resolve().parents[2] / "models"
 
 
-class _View(torch.autograd.Function):
-    """2:4 view along input channels; the gradient passes straight through, plus a pull on what was dropped."""
-
-    @staticmethod
-    def forward(ctx, weight, decay):
-        blocks = weight.movedim(1, -1)
-        shape = blocks.shape
-        blocks = blocks.reshape(-1, 4)
-        keep = torch.zeros_like(blocks).scatter_(1, blocks.abs().topk(2, dim=1).indices, 1.0)
-        mask = keep.reshape(shape).movedim(-1, 1)
-        ctx.save_for_backward(weight * (1 - mask))
-        ctx.decay = decay
-        return weight * mask
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (dropped,) = ctx.saved_tensors
-        return gradient + ctx.decay * dropped, None
+#: Factor by which one step of the second stage shrinks the weights outside their 2:4 view.
+SHRINK = 0.99
 
 
 class Conv(nn.Conv2d):
@@ -48,11 +33,28 @@ class Conv(nn.Conv2d):
 
     sparse = False
 
+    @torch.no_grad()
+    def mask(self):
+        """1 where the 2:4 view along the input channels keeps a weight, else 0."""
+        if self.weight.shape[1] < 4:
+            return torch.ones_like(self.weight)
+        blocks = self.weight.movedim(1, -1)
+        flat = blocks.reshape(-1, 4)
+        keep = torch.zeros_like(flat).scatter_(1, flat.abs().topk(2, dim=1).indices, 1.0)
+        return keep.reshape(blocks.shape).movedim(-1, 1)
+
     def forward(self, x):
         weight = self.weight
-        if self.sparse and weight.shape[1] >= 4:
-            weight = _View.apply(weight, 2e-3)
+        if self.sparse:
+            weight = weight - (weight * (1 - self.mask())).detach()
         return functional.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+def set_sparse(model, sparse):
+    """Switch every convolution between its weights and their 2:4 view."""
+    for module in model.modules():
+        if isinstance(module, Conv):
+            module.sparse = sparse
 
 
 class Digits(nn.Module):
@@ -81,8 +83,8 @@ class Digits(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
-def train(model, x, labels, *, epochs, rate, generator, tell):
-    """Adam with a cosine schedule; images are shifted by up to one pixel."""
+def train(model, x, labels, *, epochs, rate, generator, prune=False):
+    """Adam with one cycle of the rate; images are shifted by up to one pixel. ``prune``: the second stage."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2)
     steps = -(-len(x) // 64)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=epochs * steps)
@@ -93,12 +95,37 @@ def train(model, x, labels, *, epochs, rate, generator, tell):
             down, right = torch.randint(0, 3, (2,), generator=generator).tolist()
             batch = functional.pad(x[part], (1, 1, 1, 1))[:, :, down:down + 8, right:right + 8]
             loss = functional.cross_entropy(model(batch), labels[part], label_smoothing=0.05)
+            if prune:
+                set_sparse(model, True)
+                loss = loss + functional.cross_entropy(model(batch), labels[part], label_smoothing=0.05)
+                set_sparse(model, False)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
-        if tell and epoch % 5 == 4:
-            tell(f"epoch {epoch + 1}/{epochs}: loss {loss.item():.3f}")
+            if prune:
+                shrink(model)
+        if epoch % 5 == 4:
+            print(f"epoch {epoch + 1}/{epochs}: loss {loss.item():.3f}")
+
+
+@torch.no_grad()
+def shrink(model):
+    """Shrink the weights outside their 2:4 view by `SHRINK`."""
+    for module in model.modules():
+        if isinstance(module, Conv):
+            module.weight.mul_(1 - (1 - SHRINK) * (1 - module.mask()))
+
+
+@torch.no_grad()
+def settle(model, x):
+    """Batch statistics of the dense network over the whole training set."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None                            # a plain mean over what follows
+    model.train()
+    model(x)
 
 
 @torch.no_grad()
@@ -162,17 +189,14 @@ def main(arguments=None):
     generator = torch.Generator().manual_seed(options.seed)
     model = Digits()
     x, labels = (torch.from_numpy(a) for a in demo.digits("train"))
-    train(model, x, labels, epochs=options.epochs, rate=4e-3, generator=generator, tell=print)
+    train(model, x, labels, epochs=options.epochs, rate=4e-3, generator=generator)
     stages = {"dense_stage": accuracy(model, "validation")}
-    for module in model.modules():
-        if isinstance(module, Conv):
-            module.sparse = True
-    if options.sparse_epochs:
-        train(model, x, labels, epochs=options.sparse_epochs, rate=2e-3, generator=generator, tell=print)
-    stages["sparse_stage_2_4"] = accuracy(model, "validation")
-    for module in model.modules():
-        if isinstance(module, Conv):
-            module.sparse = False
+    train(model, x, labels, epochs=options.sparse_epochs, rate=2e-3, generator=generator, prune=True)
+    settle(model, x)
+    stages["both_stages"] = accuracy(model, "validation")
+    set_sparse(model, True)
+    stages["both_stages_2_4_view"] = accuracy(model, "validation")
+    set_sparse(model, False)
     options.out.mkdir(parents=True, exist_ok=True)
     data = to_onnx(model).SerializeToString()
     (options.out / "digits.onnx").write_bytes(data)

@@ -1,0 +1,99 @@
+"""From a network file to a compressed network: the steps behind ``summand compress``."""
+from dataclasses import replace
+from pathlib import Path
+import re
+
+import numpy as np
+
+from compress import arrays, engine, methods, onnx_import, permute, tasder
+from compress import graph as graphs
+from compress.quantize import Calibration, Quantizer, random_calibration
+from spec import config as configs
+from spec.errors import InputError
+
+#: Calibration samples used at most; more rarely change a range and only cost time.
+MAX_SAMPLES = 512
+#: Names of the demo data.
+DEMO = re.compile(r"demo:(calibration|validation|heldout|train)")
+
+
+def load_samples(source, graph, *, limit=None):
+    """Data for ``graph``.
+
+    Args:
+        source: path of a .npy (``x``) or .npz (``x``, optionally ``labels``) file in the network file's own layout
+            ([N, C, H, W] or [N, features]); ``demo:calibration``, ``demo:validation``, ``demo:heldout`` for the demo
+            data; or None for seeded random data.
+        limit: most samples taken (the first ones).
+    Returns: (x float32 [N, H, W, C], labels int64 [N] or None, where the data came from).
+    Raises: InputError.
+    """
+    shape = graph.shapes[graph.input]
+    if source is None:
+        random = random_calibration(shape)
+        return random.x, None, random.source
+    if match := DEMO.fullmatch(str(source)):
+        from compress import demo
+        x, labels = demo.digits(match[1])
+        data, name = {"x": x, "labels": labels}, f"scikit-learn digits, split {match[1]}"
+    else:
+        data, name = arrays.load_data(source), Path(source).name
+    try:
+        x = graphs.to_nhwc(data["x"], shape).astype(np.float32)
+        labels = data.get("labels")
+        if labels is not None:
+            if labels.dtype.kind not in "iu" or labels.shape != (len(x),):
+                raise InputError(f"must be {len(x)} integers", field="labels", value=(str(labels.dtype), labels.shape))
+            labels = labels[:limit].astype(np.int64)
+        if not np.isfinite(x).all():
+            raise InputError("must be finite in float32", field="x")
+    except InputError as error:
+        raise error.within(source) from None
+    return x[:limit], labels, name
+
+
+def compress_model(model, method="dense", *, config=None, calibration=None, validation=None, observer="minmax",
+                   percentile=99.99, bias_correction=True, permutation=False, seed=0, goal=tasder.GOAL,
+                   search="layer", progress=None):
+    """Compress a network file.
+
+    Args:
+        model: path of the ONNX file.
+        method: method string, recipe file (.yaml), `methods.Recipe`; ``tasder`` searches per layer.
+        config: Config, preset name or file; needed by ``tasder`` only (it gives the supported patterns).
+        calibration, validation: see `load_samples`. ``tasder`` judges accuracy on the labelled ``validation`` data,
+            which must not be the data that the final accuracy is reported on; without it, on labelled calibration data.
+        observer, percentile, bias_correction: see `quantize.ranges` and `quantize.Quantizer`.
+        permutation: reorder channels first so that the default method keeps more magnitude (exact, see `permute`).
+        seed: of the permutation search.
+        goal, search: share of the float accuracy that ``tasder`` keeps; ``layer`` or ``network`` wise.
+        progress: called with (step, fraction 0..1).
+    Returns: Network. Raises: InputError.
+    """
+    plan = methods.recipe(method)
+    graph = onnx_import.load(model)
+    x, labels, source = load_samples(calibration, graph, limit=MAX_SAMPLES)
+    plan.check([n.name for n in graph.convolutions])
+    if plan.default.searched and config is None:
+        raise InputError("tasder needs a configuration: its patterns are the candidates", field="method")
+    provenance = {"source": Path(model).name, "data_is_random": calibration is None}
+    if permutation:
+        target = methods.parse("nm:2:4") if not plan.default.patterns else plan.default
+        graph, facts = permute.permute(graph, target, rng=np.random.default_rng(seed), progress=progress)
+        provenance["permutation"] = facts | {"seed": seed}
+    quantizer = Quantizer(graph, Calibration(x=x, source=source), observer=observer, percentile=percentile,
+                          bias_correction=bias_correction, progress=progress)
+    if not plan.default.searched:
+        return quantizer.network(plan, provenance=provenance)
+    settings = config if isinstance(config, configs.Config) else configs.load(config)
+    split = source
+    if validation is not None:
+        x, labels, split = load_samples(validation, graph)
+    if labels is None:
+        raise InputError("must be given with labels: tasder judges each candidate by accuracy", field="validation data")
+    reference = float((graphs.top1(graphs.forward(graph, x)) == labels).mean())
+    result = tasder.search(quantizer, settings, lambda net: engine.accuracy(net, x, labels), reference=reference,
+                           goal=goal, mode=search, fixed=plan.layers, progress=progress)
+    network = quantizer.network(result.recipe, provenance=provenance)
+    facts = network.provenance["method"] | {"method": "tasder", "search": result.facts | {"split": split}}
+    return replace(network, provenance=network.provenance | {"method": facts})

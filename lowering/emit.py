@@ -3,7 +3,7 @@
 Order of work: tile, bundle, column group, strip, chunk, piece. Before each EXECUTE, whatever it needs and is not yet on
 chip is loaded; behind it, the loads of later work are placed as early as the buffers allow.
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -133,7 +133,8 @@ class Region:
     cols: Window
     #: (bundle place in tile, first padded row, end).
     todo: list
-    done: list = field(default_factory=list)
+    #: How many pieces there were.
+    pieces: int
 
 
 class LayerEmitter:
@@ -254,7 +255,7 @@ class LayerEmitter:
         words = min(sizes.parameter_words, 1 << 16)
         self.parameters = Ring("parameter", LinearTarget.PARAMETER, words, 1, self.program, sizes, streaming=False)
         self.residual_head = 0
-        self.regions, self.next_region = {}, 0
+        self.regions = {}
         self.region_words = sizes.activation_blocks // plan.regions // sizes.banks * sizes.banks
         self.bank = 0
         keys = [i.region_key(self.pieces) for i in self.items]
@@ -382,11 +383,12 @@ class LayerEmitter:
             self._open_region(key)
         return self.regions[key]
 
-    def _open_region(self, key):
-        """Take the next region for a tile's chunk; what lay there is forgotten."""
+    def _open_region(self, key, beside=None):
+        """Take a region for a tile's chunk, another one than ``beside``; what lay there is forgotten."""
         plan = self.plan
-        base = self.next_region * self.region_words
-        self.next_region = (self.next_region + 1) % plan.regions
+        base = self.region_words if beside is not None and beside.base == 0 else 0
+        if base and plan.regions == 1:
+            raise RuntimeError("lowering prefetched into a region that is in use")
         self.regions = {k: r for k, r in self.regions.items() if r.base != base}
         tile, chunk = self.tiles[key[0]], plan.chunks[key[1]]
         rows = self.tiler.windows(0, tile.first_row, tile.rows, chunk)
@@ -400,7 +402,7 @@ class LayerEmitter:
             ends |= {last * self.job.stride[0] + r * self.job.dilation[0] + 1 for r in rows_needed}
         ends = sorted(ends | {rows.extent})
         todo = [(place, a, b) for place in range(len(tile.bundles)) for a, b in zip([0, *ends], ends)]
-        self.regions[key] = Region(base, chunk, tile, rows, cols, todo)
+        self.regions[key] = Region(base, chunk, tile, rows, cols, todo, len(todo))
 
     def _load_rows(self, region, bundle, need):
         """Load pieces until padded rows below ``need`` of a bundle are requested."""
@@ -514,10 +516,8 @@ class LayerEmitter:
         done, total = at + 1 - run_start, end - run_start
         if end < len(keys):
             if keys[end] not in self.regions:
-                self._open_region(keys[end])
-                self.regions[keys[end]].done = [len(self.regions[keys[end]].todo)]
+                self._open_region(keys[end], beside=self.regions[keys[at]])
             region = self.regions[keys[end]]
-            pieces = region.done[0]
-            while region.todo and (pieces - len(region.todo)) * total < pieces * done:
+            while region.todo and (region.pieces - len(region.todo)) * total < region.pieces * done:
                 self._load_piece(region, *region.todo.pop(0))
 

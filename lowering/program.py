@@ -109,7 +109,7 @@ class Program:
             unit = UNIT_OF[entry["opcode"]]
             for other in _UNITS:
                 if entry.get(f"wait_{_NAME[other]}"):
-                    count[other, unit] -= 1
+                    count[other, unit] = count.get((other, unit), 0) - 1
                     if count[other, unit] < 0:
                         raise RuntimeError("lowering made a program that waits for a token nobody gave")
                 if entry.get(f"push_{_NAME[other]}"):

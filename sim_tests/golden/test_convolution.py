@@ -34,8 +34,7 @@ GRID = list(itertools.product([(1, 1), (2, 1), (2, 3)], [(0, 0, 0, 0), (1, 1, 1,
 
 
 @pytest.mark.parametrize("stride, pads, dilation, groups", GRID)
-def test_equals_conv_integer(stride, pads, dilation, groups):
-    rng = np.random.default_rng(GRID.index((stride, pads, dilation, groups)))
+def test_equals_conv_integer(rng, stride, pads, dilation, groups):
     for kernel in ((1, 1), (3, 3), (2, 5)):
         g = 6 if groups == "depthwise" else groups
         c, k = (6, 12) if groups == "depthwise" else (3 * int(rng.integers(1, 6)), 3 * int(rng.integers(1, 5)))
@@ -61,9 +60,8 @@ def test_whole_vector_extremes(x, w):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 17, 9), (64, 100, 10)])
-def test_equals_matmul_integer(shape):
+def test_equals_matmul_integer(rng, shape):
     m, k, n = shape
-    rng = np.random.default_rng(k)
     a, b = rng.integers(-128, 128, (m, k)).astype(np.int8), rng.integers(-128, 128, (k, n)).astype(np.int8)
     node = helper.make_node("MatMulInteger", ["a", "b", "z"], ["y"])
     want = run_onnx(node, TensorProto.INT32, {"a": a, "b": b, "z": np.array(5, np.int8)})
@@ -72,8 +70,7 @@ def test_equals_matmul_integer(shape):
     assert np.array_equal(got.reshape(m, n), want)
 
 
-def test_terms_add_up():
-    rng = np.random.default_rng(1)
+def test_terms_add_up(rng):
     x = rng.integers(-128, 128, (2, 6, 5, 20)).astype(np.int8)
     w = rng.integers(-128, 128, (7, 3, 3, 20)).astype(np.int8)
     terms, rest = tasd_series(w, [(4, 8), (1, 8)])
@@ -86,9 +83,8 @@ def test_terms_add_up():
 
 
 @pytest.mark.parametrize("bits", [8, 20, 40])
-def test_exact_in_every_arithmetic(bits):
+def test_exact_in_every_arithmetic(rng, bits):
     """Weights of 8, 20 and 40 bits make the sum run in float32, float64 and int64."""
-    rng = np.random.default_rng(bits)
     x, w = rng.integers(-128, 128, (1, 4, 4, 30)), rng.integers(-(1 << bits - 1), 1 << bits - 1, (2, 3, 3, 30))
     got = accumulate(x, w)
     for y, z, k in itertools.product(range(2), range(2), range(2)):
@@ -103,8 +99,7 @@ def test_pad_value_wider_than_the_input():
     assert accumulate(x, np.ones((1, 3, 3, 1), int), pads=(1, 1, 1, 1), pad_value=300).item() == 1 + 8 * 300
 
 
-def test_many_images_are_done_in_parts(monkeypatch):
-    rng = np.random.default_rng(2)
+def test_many_images_are_done_in_parts(rng, monkeypatch):
     x, w = rng.integers(-128, 128, (5, 6, 6, 4)).astype(np.int8), rng.integers(-128, 128, (3, 3, 3, 4))
     whole = accumulate(x, w)
     monkeypatch.setattr("golden.convolution._CHUNK_BYTES", 2 * 4 * 4 * 36 * 4)

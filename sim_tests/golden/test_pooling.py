@@ -14,8 +14,7 @@ GRID = list(itertools.product([(2, 2), (3, 3), (3, 2), (1, 4)], [(1, 1), (2, 2),
 
 
 @pytest.mark.parametrize("window, stride, pads", [g for g in GRID if max(g[2]) < min(g[0]) or not any(g[2])])
-def test_max_equals_onnx_runtime(window, stride, pads):
-    rng = np.random.default_rng(GRID.index((window, stride, pads)))
+def test_max_equals_onnx_runtime(rng, window, stride, pads):
     x = rng.integers(-128, 128, (2, 9, 11, 5)).astype(np.int8)
     x[0] = -128
     node = helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=window, strides=stride, pads=pads)
@@ -29,8 +28,8 @@ def test_max_equals_onnx_runtime(window, stride, pads):
 
 
 @pytest.mark.parametrize("window, stride, pads", GRID)
-def test_sum_equals_depthwise_weights_of_one(window, stride, pads):
-    x = np.random.default_rng(1).integers(-128, 128, (2, 9, 11, 5)).astype(np.int8)
+def test_sum_equals_depthwise_weights_of_one(rng, window, stride, pads):
+    x = rng.integers(-128, 128, (2, 9, 11, 5)).astype(np.int8)
     want = accumulate(x, np.ones((5, *window, 1), int), stride=stride, pads=pads, groups=5, pad_value=-9)
     assert np.array_equal(average_pool_sum(x, window, stride, pads, -9), want)
 

@@ -48,8 +48,7 @@ def slow_view(row, n, m):
 
 @pytest.mark.parametrize("pattern", [(1, 4), (2, 4), (3, 4), (4, 4), (1, 8), (5, 8), (8, 8), (3, 16), (2, 7), (1, 1)])
 @pytest.mark.parametrize("length", [1, 3, 8, 17, 48])
-def test_view_equals_a_plain_loop_with_ties_and_extremes(pattern, length):
-    rng = np.random.default_rng([length, *pattern])
+def test_view_equals_a_plain_loop_with_ties_and_extremes(rng, pattern, length):
     for lo, hi in ((-128, 128), (-2, 3), (0, 1)):
         values = rng.integers(lo, hi, (5, length)).astype(np.int8)
         values[0] = rng.choice(np.array([-128, 127, -127], np.int8), length)
@@ -64,16 +63,16 @@ def test_magnitude_of_minus_128_is_128():
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, -1, -2])
-def test_axis(axis):
-    values = np.random.default_rng(3).integers(-9, 10, (6, 10, 7))
+def test_axis(rng, axis):
+    values = rng.integers(-9, 10, (6, 10, 7))
     want = np.moveaxis(nm_view(np.moveaxis(values, axis, -1), (2, 4)), -1, axis)
     assert np.array_equal(nm_view(values, (2, 4), axis), want)
     assert fits(want, (2, 4), axis)
 
 
 @pytest.mark.parametrize("series", [[(4, 8), (1, 8)], [(1, 8), (4, 8)], [(2, 8), (2, 8), (1, 8)]])
-def test_same_m_series_equals_one_view(series):
-    values = np.random.default_rng(1).integers(-20, 21, (64, 40))
+def test_same_m_series_equals_one_view(rng, series):
+    values = rng.integers(-20, 21, (64, 40))
     terms, _ = tasd_series(values, series)
     assert np.array_equal(sum(terms), nm_view(values, (5, 8)))
 
@@ -81,8 +80,8 @@ def test_same_m_series_equals_one_view(series):
 @pytest.mark.parametrize("series, one, equal", [
     ([(2, 4), (2, 8)], (6, 8), True), ([(2, 4), (2, 8), (2, 16)], (14, 16), True),
     ([(2, 4), (1, 8)], (5, 8), False), ([(1, 4), (1, 8)], (3, 8), False)])
-def test_mixed_m_series_equals_one_view_exactly_when_the_rule_says_so(series, one, equal):
-    values = np.random.default_rng(2).normal(size=(4000, 16))
+def test_mixed_m_series_equals_one_view_exactly_when_the_rule_says_so(rng, series, one, equal):
+    values = rng.normal(size=(4000, 16))
     got, want = sum(tasd_series(values, series)[0]), nm_view(values, one)
     assert np.array_equal(got, want) == equal
     if not equal:
@@ -90,15 +89,14 @@ def test_mixed_m_series_equals_one_view_exactly_when_the_rule_says_so(series, on
         assert lost[0] > lost[1]
 
 
-def test_narrow_patterns_nest():
-    rng = np.random.default_rng(4)
+def test_narrow_patterns_nest(rng):
     assert fits(nm_view(rng.normal(size=(50, 32)), (2, 4)), (4, 8))
     assert fits(nm_view(np.repeat([[1., 2, 3, 4, 0, 0, 0, 0]], 3, 0), (2, 8)), (2, 4))
     assert not fits(np.array([1, 1, 1, 1, 0, 0, 0, 0]), (2, 4)) and fits(np.array([1, 1, 1, 1, 0, 0, 0, 0]), (4, 8))
 
 
-def test_residual_never_grows_with_terms_or_n():
-    values = np.random.default_rng(5).normal(size=(30, 24)).astype(np.float32)
+def test_residual_never_grows_with_terms_or_n(rng):
+    values = rng.normal(size=(30, 24)).astype(np.float32)
     last = np.inf
     for n in range(1, 9):
         rest = np.linalg.norm(tasd_series(values, [(1, 8)] * n)[1])
@@ -107,8 +105,7 @@ def test_residual_never_grows_with_terms_or_n():
     assert last == 0
 
 
-def test_product_of_terms_is_exact():
-    rng = np.random.default_rng(6)
+def test_product_of_terms_is_exact(rng):
     a, b = rng.integers(-128, 128, (16, 64)), rng.integers(-128, 128, (64, 9))
     terms, rest = tasd_series(a, [(4, 8), (1, 8)])
     assert np.array_equal(sum(t @ b for t in terms), (a - rest) @ b)
@@ -125,14 +122,14 @@ DENSITIES = (.05, .1, .2, .3, .4, .5, .6, .7)
 
 
 @pytest.mark.parametrize("pattern", PERCENT)
-def test_dropped_fraction_follows_the_binomial_law(pattern):
+def test_dropped_fraction_follows_the_binomial_law(rng, pattern):
     """Measured dropped non-zeros over B blocks against ``E = sum_k max(0, k - N) P(k)`` per block.
 
     The dropped count of a block has variance V <= sum_k max(0, k - N)**2 P(k), so the mean over B independent blocks
     deviates from E by more than 6 sqrt(V / B) with a chance below 1e-8. The table prints three digits: E / (M d) must
     round to it.
     """
-    (n, m), rng, blocks = pattern, np.random.default_rng(7), 20_000
+    (n, m), blocks = pattern, 20_000
     for density, printed in zip(DENSITIES, PERCENT[pattern]):
         chance = [comb(m, k) * density**k * (1 - density)**(m - k) for k in range(m + 1)]
         mean = sum(max(0, k - n) * p for k, p in enumerate(chance))

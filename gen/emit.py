@@ -74,7 +74,8 @@ def to_verilog(component, name):
         texts.append(_convert(component, name, platform))
         while pending := [n for n in platform.modules if n not in shared]:
             for module in pending:
-                shared[module] = _convert(platform.modules[module], module, platform)
+                part = platform.modules[module]
+                shared[module] = part if isinstance(part, str) else _convert(part, module, platform)
         gc.collect()    # UnusedElaboratable comes from __del__
     if caught:
         raise ValueError(f"Elaboration of {name} must not warn, not: {caught[0].message}")

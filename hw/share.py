@@ -9,7 +9,7 @@ from amaranth.lib.wiring import In, Signature
 
 
 class SharedModules:
-    """A platform that collects the components to be written once: ``modules`` maps name to component."""
+    """A platform that collects what is to be written once: ``modules`` maps name to component, or to Verilog text."""
 
     def __init__(self):
         self.modules = {}

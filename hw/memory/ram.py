@@ -1,7 +1,24 @@
 """The one memory wrapper: every on-chip memory is a `Ram`, so that a target may replace it by an SRAM macro."""
-from amaranth.hdl import Module
+from amaranth.hdl import ClockSignal, Const, Instance, Module
 from amaranth.lib import memory, wiring
 from amaranth.lib.wiring import In, Out
+
+from hw.share import SharedModules
+
+#: The memory as Verilog, written once however many there are. Amaranth's own memories come with a line of text per
+#: word (their initial contents), a third of the whole text; these have no initial contents, as silicon has none.
+RAM_VERILOG = """\
+module summand_ram #(parameter WIDTH = 8, parameter DEPTH = 16, parameter ADDRESS_BITS = 4) (
+  input wire clk,
+  input wire write_en, input wire [ADDRESS_BITS-1:0] write_address, input wire [WIDTH-1:0] write_data,
+  input wire read_en, input wire [ADDRESS_BITS-1:0] read_address, output reg [WIDTH-1:0] read_data);
+  reg [WIDTH-1:0] words [0:DEPTH-1];
+  always @(posedge clk) begin
+    if (write_en) words[write_address] <= write_data;
+    if (read_en) read_data <= words[read_address];
+  end
+endmodule
+"""
 
 
 class Ram(wiring.Component):
@@ -27,6 +44,16 @@ class Ram(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
+        if isinstance(platform, SharedModules):
+            platform.request("summand_ram", lambda: RAM_VERILOG)
+            # an address of no bits (a single word) is no port in Verilog
+            write_address, read_address = (a if len(a) else Const(0, 1) for a in (self.write_address, self.read_address))
+            m.submodules.words = Instance(
+                "summand_ram", p_WIDTH=self.width, p_DEPTH=self.depth, p_ADDRESS_BITS=len(write_address),
+                i_clk=ClockSignal(), i_write_en=self.write_en, i_write_address=write_address,
+                i_write_data=self.write_data, i_read_en=self.read_en, i_read_address=read_address,
+                o_read_data=self.read_data)
+            return m
         m.submodules.memory = ram = memory.Memory(shape=self.width, depth=self.depth, init=[])
         write, read = ram.write_port(), ram.read_port()
         m.d.comb += [

@@ -7,6 +7,7 @@ import numpy as np
 
 from golden.requantize import requantize
 from hw.control.store import StoreUnit
+from sim_tests.hw.tb_requantize import reset
 from sim_tests.lib.scoreboard import Scoreboard
 from sim_tests.lib.simulate import config_of_run
 from sim_tests.lib.streams import Sink, Source, exchange, start
@@ -248,10 +249,10 @@ class World:
         if port == "waiting":
             assert not dut.reading.value, f"cycle {cycle}: reading and waiting"
 
-    async def run(self, *, drain=60, until=None):
+    async def run(self, *, drain=60, until=None, begin=start):
         ends = self.source, self.requests, self.data
         zeros = ("available_load", "available_execute", "acc_data", "parameter_data", "residual_data", "done")
-        await start(self.dut, ends, **dict.fromkeys(zeros, 0))
+        await begin(self.dut, ends, **dict.fromkeys(zeros, 0))
         async for cycle, port, word in exchange(
                 self.dut, ends, rng=self.rng, watch=(*WATCH,), on_cycle=self.drive, drain=drain,
                 until=until or (lambda: self.done_count == self.planned["requests"])):
@@ -292,11 +293,11 @@ async def responses_may_be_late(dut):
 async def reset_in_mid_run_leaves_nothing(dut):
     """Cut off by reset at any moment, the unit then works as if fresh."""
     config, rng = config_of_run(), np.random.default_rng(cocotb.RANDOM_SEED)
-    for _ in range(8):
+    for n in range(8):
         cut = World(dut, random_jobs(config, rng, 12), stall=0.3, done_delay=40)
         enough = int(rng.integers(1, 60))
-        await cut.run(drain=0, until=lambda cut=cut, enough=enough: cut.reads >= enough)
-        world = await World(dut, random_jobs(config, rng, 4)).run()
+        await cut.run(drain=0, until=lambda cut=cut, enough=enough: cut.reads >= enough, begin=reset if n else start)
+        world = await World(dut, random_jobs(config, rng, 4)).run(begin=reset)
         world.close()
 
 

@@ -46,6 +46,7 @@ class Supervisor(wiring.Component):
         with m.FSM() as fsm:
             with m.State("IDLE"):
                 with m.If(self.soft_reset):
+                    m.d.sync += quiet_cycles.eq(0)
                     m.next = "QUIET"
                 with m.Elif(self.start & ~self.status_error):
                     m.d.comb += self.begin.eq(1)

@@ -23,7 +23,9 @@ class Queue(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         raw = self.i.payload.as_value() if hasattr(self.i.payload, "as_value") else self.i.payload
-        m.submodules.fifo = buffer = fifo.SyncFIFOBuffered(width=len(raw), depth=self._depth)
+        # the buffered one keeps a place for its output register: with two places it would refuse every second cycle
+        kind = fifo.SyncFIFO if self._depth == 2 else fifo.SyncFIFOBuffered
+        m.submodules.fifo = buffer = kind(width=len(raw), depth=self._depth)
         out = self.o.payload.as_value() if hasattr(self.o.payload, "as_value") else self.o.payload
         m.d.comb += [
             buffer.w_data.eq(raw), buffer.w_en.eq(self.i.valid), self.i.ready.eq(buffer.w_rdy),

@@ -47,22 +47,18 @@ class Accumulators(wiring.Component):
         old = data.View(layout, Mux(bank, banks[1].read_data, banks[0].read_data))
         new = Signal(layout)
         outside = Signal(s.columns)
+        wide = max(bits, sizes.column_sum.bits) + 1     # a narrow accumulator may not even hold one column sum
         for col in range(s.columns):
-            total = Signal(Shape(bits + 1, True), name=f"total{col}")
+            total = Signal(Shape(wide, True), name=f"total{col}")
             with m.If(self.init):
                 m.d.comb += total.eq(self.sums[col])
             with m.Elif(self.operation == Operation.MAX):
                 m.d.comb += total.eq(Mux(self.sums[col] > old[col], self.sums[col], old[col]))
             with m.Else():
                 m.d.comb += total.eq(old[col] + self.sums[col])
-            m.d.comb += [new[col].eq(total[:bits].as_signed()), outside[col].eq(total[bits] != total[bits - 1])]
-        if sizes.column_sum.bits > bits:
-            # a narrow accumulator may not even hold one column sum
-            wide = Signal(s.columns)
-            m.d.comb += [wide[c].eq(self.sums[c] != self.sums[c].as_value()[:bits].as_signed()) for c in range(s.columns)]
-            m.d.sync += self.overflow.eq(update & (outside | wide).any())
-        else:
-            m.d.sync += self.overflow.eq(update & outside.any())
+            cut = total[:bits].as_signed()
+            m.d.comb += [new[col].eq(cut), outside[col].eq(total != cut)]
+        m.d.sync += self.overflow.eq(update & outside.any())
 
         read_bank = Signal()
         with m.If(self.read_en):

@@ -19,7 +19,7 @@ RING_PARTS = 64
 MAX_TILE_COLS, MAX_TILE_ROWS, MAX_TILE_PLANES = 16383, 4095, 1023
 MAX_BEATS = MAX_FILL = MAX_ADDRESS = 65535
 #: Steps of the first EXECUTE of a layer; each further one takes twice as many, until all weights are on chip.
-FIRST_STEPS = 2
+FIRST_STEPS = 1
 
 
 @dataclass
@@ -260,13 +260,20 @@ class LayerEmitter:
         self.bank = 0
         keys = [i.region_key(self.pieces) for i in self.items]
         self._find_following()
-        run_start = 0
+        run_start, deferred = 0, None
         for at, item in enumerate(self.items):
             if at and keys[at] != keys[at - 1]:
                 run_start = at
             self._execute(item, first=at == 0)
+            if deferred:
+                self._store(*deferred)
+                deferred = None
             if item.last:
-                self._store(item)
+                # The first strip's parameters and STORE can wait until the second strip's input is on its way.
+                if at < len(self.pieces) and at + 1 < len(self.items):
+                    deferred = item, self.bank
+                else:
+                    self._store(item, self.bank)
                 self.bank ^= 1
             self._prefetch(at, keys, run_start)
 
@@ -297,17 +304,7 @@ class LayerEmitter:
         table = self._table_allocation(item)
         self.table.load(table)
         weights = self._weight_allocation(item)
-        cuts = [0]
-        if first:
-            size = FIRST_STEPS
-            while cuts[-1] < piece.steps:
-                end = min(cuts[-1] + size, piece.steps)
-                while end < piece.steps and piece.tile_beat[end] < 0:
-                    end += 1
-                cuts.append(end)
-                size *= 2
-        else:
-            cuts.append(piece.steps)
+        cuts = self._first_cuts(piece) if first else [0, piece.steps]
         y, rows, x, cols = item.strip
         for begin, end in zip(cuts, cuts[1:]):
             start = piece.tile_beat[begin]
@@ -330,19 +327,32 @@ class LayerEmitter:
                 writes=[("bank", self.bank, 1)])
             self.macs_executed += (end - begin) * rows * cols * self.sizes.config.structured.multipliers
 
+    @staticmethod
+    def _first_cuts(piece):
+        """Ends of the layer's first EXECUTEs: few steps, then more; each new kernel row begins anew with few."""
+        cuts, size, row = [0], FIRST_STEPS, piece.row[0]
+        while cuts[-1] < piece.steps:
+            end = cuts[-1] + 1
+            while end < piece.steps and (piece.tile_beat[end] < 0 or end - cuts[-1] < size and piece.row[end] <= row):
+                end += 1
+            cuts.append(end)
+            fresh = end < piece.steps and piece.row[end] > row
+            size, row = (FIRST_STEPS, piece.row[end]) if fresh else (2 * size, row)
+        return cuts
+
     def _need(self, item, kernel_row):
         """Padded rows that must be there for a strip up to a kernel row."""
         y, rows, _, _ = item.strip
         return (y + rows - 1) * self.job.stride[0] + kernel_row * self.job.dilation[0] + 1
 
-    def _store(self, item):
+    def _store(self, item, bank):
         job, out, tile = self.job, self.job.output, self.tiles[item.tile]
         y, rows, x, cols = item.strip
         first_row, first_col = tile.first_row + y, tile.first_col + x
         parameter = self._load_parameters(item.group)
         r = job.requantization
         fields = dict(zero_point=r.zero_point, low=r.low, high=r.high)
-        reads = [("parameter", parameter, self.sizes.parameter_beats), ("bank", self.bank, 1)]
+        reads = [("parameter", parameter, self.sizes.parameter_beats), ("bank", bank, 1)]
         if job.residual is not None:
             base = self._load_residual(item, rows, cols, first_row, first_col)
             fields |= dict(residual=1, residual_base=base, residual_zero_point=r.residual_zero_point,
@@ -352,7 +362,7 @@ class LayerEmitter:
         if cols == out.width:
             rows, cols = 1, rows * cols
         self.program.emit(Opcode.STORE, reads=reads, address=out.offset + out.relative(tile.image, item.group, first_row,
-                          first_col), rows=rows, cols=cols, row_stride=row_stride if rows > 1 else 0, bank=self.bank,
+                          first_col), rows=rows, cols=cols, row_stride=row_stride if rows > 1 else 0, bank=bank,
                           parameter=parameter, **fields)
 
     def _load_parameters(self, group):

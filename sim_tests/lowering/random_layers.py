@@ -1,0 +1,45 @@
+"""Seeded random layers of every kind, for the fuzz test."""
+from sim_tests.lowering.networks import add, convolution, network, pool
+
+_KINDS = ("convolution", "convolution", "convolution", "grouped", "depthwise", "full", "pool", "add")
+
+
+def _integers(rng, lo, hi, count):
+    return tuple(int(v) for v in rng.integers(lo, hi + 1, count))
+
+
+def _patterns(rng, block):
+    choices = [[f"{block}:{block}"], ["1:4"], ["2:4"], ["3:4"], ["1:2"], ["2:4", "1:4"], ["1:1"]]
+    if block == 8:
+        choices += [["3:8"], ["5:8", "1:8"], ["1:8"], ["4:8", "1:8"], ["6:8", "1:8"]]
+    return choices[rng.integers(len(choices))]
+
+
+def random_network(rng, block, *, largest=12):
+    """(network of one random layer, what it is)."""
+    kind = str(rng.choice(_KINDS))
+    size, (channels, outputs) = _integers(rng, 1, largest, 2), _integers(rng, 1, 40, 2)
+    kernel, stride, dilation = _integers(rng, 1, 4, 2), _integers(rng, 1, 3, 2), _integers(rng, 1, 2, 2)
+    pads, patterns, groups = _integers(rng, 0, 3, 4), _patterns(rng, block), 1
+    if kind == "add":
+        layer, out = add(rng, size=size, channels=channels)
+    elif kind == "pool":
+        kernel = tuple(min(k, s) for k, s in zip(kernel, size))
+        pads = tuple(min(p, kernel[i % 2] - 1) for i, p in enumerate(pads))
+        layer, out = pool(rng, size=size, channels=channels, kind=str(rng.choice(["max", "average"])), window=kernel,
+                          stride=stride, pads=pads)
+    else:
+        if kind == "grouped":
+            groups, per_in, per_out = int(rng.integers(2, 6)), *_integers(rng, 1, 11, 2)
+            channels, outputs = groups * per_in, groups * per_out
+        elif kind == "depthwise":
+            groups, outputs, patterns = channels, channels * int(rng.integers(1, 3)), [f"{block}:{block}"]
+        elif kind == "full":
+            kernel, pads, stride, dilation = size, (0, 0, 0, 0), (1, 1), (1, 1)
+        pads = list(pads)
+        for a in (0, 1):
+            pads[a] += max(0, (kernel[a] - 1) * dilation[a] + 1 - size[a] - pads[a] - pads[a + 2])
+        layer, out = convolution(rng, size=size, channels=channels, outputs=outputs, kernel=kernel, patterns=patterns,
+                                 stride=stride, pads=tuple(pads), dilation=dilation, groups=groups,
+                                 residual=bool(rng.integers(2)))
+    return network(size, channels, [layer], [out]), (kind, size, channels, outputs, kernel, stride, pads, dilation, groups)

@@ -419,7 +419,8 @@ def test_execute_equals_plain_loops(rng, variant, operation):
         activation = image.put(rng.integers(0, 256, 1024, dtype=np.uint8).tobytes())
         step, weight = image.steps(*entries), image.put(data)
         f = {"base": z.banks * int(rng.integers(0, 3)), "rows": int(rng.integers(1, 4)),
-             "cols": int(rng.integers(1, 5)), "row_step": z.banks * int(rng.integers(0, 4)), "col_step": z.banks * int(rng.integers(0, 4))}
+             "cols": int(rng.integers(1, 5)), "row_step": z.banks * int(rng.integers(0, 4)),
+             "col_step": z.banks * int(rng.integers(0, 4))}
         image.add(Opcode.LOAD_TILE, address=activation, planes=1, rows=1, cols=1024 // z.unit_bytes,
                   col_step=z.group_blocks)
         image.add(Opcode.LOAD_LINEAR, target=LinearTarget.STEP, address=step, beats=2 * count, base=7)
@@ -536,11 +537,15 @@ def test_ranges(opcode, fields, code, address):
 
 def test_last_addresses_are_legal():
     image = Image()
+    step, weight = image.steps({"offset": [503]}), image.put(tile(np.ones((4, 4), int)))
     image.add(Opcode.LOAD_TILE, address=0x2FFC, base=511, **ONE)
     image.add(Opcode.LOAD_LINEAR, address=0x2FF8, base=63, beats=1)
-    image.add(Opcode.FILL, rows=1, blocks=512)
+    image.add(Opcode.FILL, rows=1, blocks=512, value=3)
+    image.add(Opcode.LOAD_LINEAR, target=LinearTarget.STEP, address=step, beats=2, base=31)
+    image.add(Opcode.LOAD_LINEAR, address=weight, beats=2, base=62, push_execute=1)
+    image.add(Opcode.EXECUTE, base=8, rows=1, cols=1, step=31, steps=1, weight=62, wait_load=1)
     image.add(Opcode.END)
-    image.run()
+    assert image.run().accumulator[0, 0].tolist() == [12] * 4
 
 
 def test_weight_and_residual_out_of_range(rng):
@@ -599,16 +604,17 @@ def test_accumulator_overflow(a, w, steps, over):
         assert (image.run().accumulator[0, :2] == 4 * a * w * steps).all()
 
 
-def test_overflow_in_the_middle_is_found():
-    """+40000 then -40000: the final sum fits, the first step does not."""
+@pytest.mark.parametrize("first, second", [(100, -100), (85, -5)])
+def test_overflow_in_the_middle_is_found(first, second):
+    """+40000 then -40000, +34000 then -2000: the final sum fits, the first step does not."""
     image = Image(load_with(accumulator_bits=16))
     entry = image.steps({}, {})
-    weight = image.put(tile(np.full((4, 4), 100)) + tile(np.full((4, 4), -100)))
+    weight = image.put(tile(np.full((4, 4), first)) + tile(np.full((4, 4), second)))
     image.add(Opcode.FILL, value=100, rows=1, blocks=8)
     image.add(Opcode.LOAD_LINEAR, target=LinearTarget.STEP, address=entry, beats=4)
     image.add(Opcode.LOAD_LINEAR, target=LinearTarget.WEIGHT, address=weight, beats=4, push_execute=1)
     image.add(Opcode.EXECUTE, rows=1, cols=1, steps=2, wait_load=1)
-    fails(image, Error.ACCUMULATOR_OVERFLOW, "40000 leaves 16 bits", pc=4)
+    fails(image, Error.ACCUMULATOR_OVERFLOW, "column 0: [34]+0000? leaves 16 bits", pc=4)
 
 
 def test_wait_without_token():
@@ -665,6 +671,14 @@ def test_store_of_what_was_never_written(rng):
     image.memory[0x800 + 7] = 0x80                                                       # a reserved bit
     image.words = [*ready, encode(Opcode.STORE, rows=1, cols=2, wait_load=1, wait_execute=1)]
     fails(image, Error.NONE, "reserved bits of column parameters")
+
+
+def test_pixels_of_an_earlier_output_tile_are_not_stored(rng):
+    image, _, _ = one_product(rng)
+    image.add(Opcode.EXECUTE, base=8, rows=1, cols=1, weight=5, step=3, steps=1, push_store=1)
+    image.add(Opcode.LOAD_LINEAR, target=LinearTarget.PARAMETER, address=0x800, beats=4, push_store=1)
+    image.add(Opcode.STORE, address=0x900, rows=1, cols=2, wait_load=1, wait_execute=1)
+    fails(image, Error.NONE, "bank 0 holds 1 pixels, 2 are stored", pc=7)
 
 
 def test_accumulate_on_an_empty_bank(rng):
@@ -726,8 +740,14 @@ def test_weight_on_a_disabled_segment_and_beyond_the_fetch(rng):
 def test_program_overwritten(rng):
     image, _, _ = one_product(rng, push_store=1)
     image.add(Opcode.LOAD_LINEAR, target=LinearTarget.PARAMETER, address=0x800, beats=4, push_store=1)
-    image.add(Opcode.STORE, address=PROGRAM + 4, rows=1, cols=1, wait_load=1, wait_execute=1)
-    fails(image, Error.NONE, "program is overwritten")
+    length = 32 * (len(image.words) + 2)
+    for at in (PROGRAM, PROGRAM + length - 4, PROGRAM - 4, PROGRAM + length):
+        image.words = [*image.words[:6], encode(Opcode.STORE, address=at, rows=1, cols=1, wait_load=1, wait_execute=1),
+                       encode(Opcode.END)]
+        if PROGRAM <= at < PROGRAM + length:
+            fails(image, Error.NONE, "program is overwritten")
+        else:
+            image.run()
 
 
 def test_store_tokens_tell_reads_from_writes(rng):
@@ -765,6 +785,21 @@ def test_memory_must_be_writable_bytes():
     memory = bytearray(64)
     Machine(TINY, memory).memory[3] = 9
     assert memory[3] == 9
+
+
+def test_sums_beyond_float32_are_exact(rng):
+    """101 held steps of large products: sums above 2**24, odd in some columns."""
+    config = load("nm256")
+    image, values = Image(config), rng.integers(100, 128, (16, 16))
+    weight = image.put(pack_tile(values, None, config, 8))
+    steps = image.steps({"n_log2": 3}, *[{"n_log2": 3, "hold": 1}] * 100)
+    image.add(Opcode.FILL, value=127, rows=1, blocks=16)
+    image.add(Opcode.LOAD_LINEAR, target=LinearTarget.STEP, address=steps, beats=101)
+    image.add(Opcode.LOAD_LINEAR, address=weight, beats=16, push_execute=1)
+    image.add(Opcode.EXECUTE, rows=1, cols=2, col_step=2, steps=101, wait_load=1)
+    image.add(Opcode.END)
+    want = 101 * 127 * values.sum(axis=0)
+    assert (image.run().accumulator[0, :2] == want).all() and want.min() > 1 << 24 and (want % 2).any()
 
 
 def test_speed(rng):

@@ -33,10 +33,12 @@ class RegisterSlice(wiring.Component):
 
     def __init__(self, *, shape):
         super().__init__({"i": In(stream.Signature(shape)), "o": Out(stream.Signature(shape))})
+        #: The second word held; an attribute for the proof in sim_tests/formal/.
+        self.spare = Signal.like(self.i.payload)
 
     def elaborate(self, platform):
         m = Module()
-        spare_valid, spare = Signal(), Signal.like(self.i.payload)
+        spare_valid, spare = Signal(), self.spare
         m.d.comb += self.i.ready.eq(~spare_valid)
         with m.If(self.o.ready | ~self.o.valid):
             m.d.sync += [self.o.valid.eq(spare_valid | self.i.valid), spare_valid.eq(0),
@@ -75,6 +77,11 @@ class BurstSplitter(wiring.Component):
             "burst": Out(stream.Signature(data.StructLayout({"address": bus.address_bits, "length": 8, "final": 1}))),
             "memory_base": In(OFFSET_BITS), "memory_bytes": In(SIZE_BITS), "drop": In(1), "busy": Out(1),
             "range_error": Out(1), "range_offset": Out(OFFSET_BITS)})
+        shift = (bus.data_bits // 8).bit_length() - 1
+        #: What is left of the present request; only the proofs in sim_tests/formal/ look at it from outside.
+        self.rest = Signal(data.StructLayout({
+            "active": 1, "first": 1, "misaligned": 1, "low": shift,  # low: kept only to report a misaligned offset
+            "beat": OFFSET_BITS - shift, "left": BEATS_BITS, "end": SIZE_BITS}))
 
     def elaborate(self, platform):
         m = Module()
@@ -83,12 +90,8 @@ class BurstSplitter(wiring.Component):
         shift = beat_bytes.bit_length() - 1
         page_beats = PAGE_BYTES // beat_bytes
 
-        active, first, misaligned = Signal(), Signal(), Signal()
-        beat = Signal(OFFSET_BITS - shift)  # offset in beats
-        low = Signal(shift)  # kept only to report a misaligned offset
-        left = Signal(BEATS_BITS)
-        end = Signal(SIZE_BITS)
-        offset = Cat(low, beat)
+        rest = self.rest
+        beat, left = rest.beat, rest.left
 
         # The sum is registered and compared one cycle later: one carry chain per cycle.
         total = Signal(OFFSET_BITS + 1)
@@ -96,7 +99,8 @@ class BurstSplitter(wiring.Component):
         m.d.comb += [total.eq((self.memory_base[12:] << 12) + (beat << shift)),
                      beyond.eq(total[bus.address_bits:].any())]
         bad = Signal()
-        m.d.comb += bad.eq(active & ~self.drop & (beyond | first & (misaligned | (end > self.memory_bytes))))
+        m.d.comb += bad.eq(rest.active & ~self.drop & (
+            beyond | (left == 0) | rest.first & (rest.misaligned | (rest.end > self.memory_bytes))))
 
         room = Signal(range(page_beats + 1))
         longest = Signal(range(bus.burst_beats + 1))
@@ -105,19 +109,19 @@ class BurstSplitter(wiring.Component):
             room.eq(page_beats - beat[:page_beats.bit_length() - 1]),
             longest.eq(Mux(room < bus.burst_beats, room, bus.burst_beats)),
             final.eq(left <= longest),
-            self.burst.valid.eq(active & ~self.drop & ~bad),
+            self.burst.valid.eq(rest.active & ~self.drop & ~bad),
             burst.address.eq(total),
             burst.length.eq(Mux(final, left, longest) - 1),
             burst.final.eq(final),
-            self.request.ready.eq(self.drop | ~active | (self.burst.valid & self.burst.ready & final)),
-            self.busy.eq(active), self.range_error.eq(bad), self.range_offset.eq(offset)]
+            self.request.ready.eq(self.drop | ~rest.active | (self.burst.valid & self.burst.ready & final)),
+            self.busy.eq(rest.active), self.range_error.eq(bad), self.range_offset.eq(Cat(rest.low, beat))]
 
         with m.If(self.burst.valid & self.burst.ready):
-            m.d.sync += [beat.eq(beat + longest), left.eq(left - longest), first.eq(0)]
+            m.d.sync += [beat.eq(beat + longest), left.eq(left - longest), rest.first.eq(0)]
         with m.If(bad | self.drop):
-            m.d.sync += active.eq(0)
+            m.d.sync += rest.active.eq(0)
         with m.Elif(self.request.ready):
-            m.d.sync += [active.eq(self.request.valid), first.eq(1), Cat(low, beat).eq(request.offset),
-                         misaligned.eq(request.offset[:shift].any() | (request.beats == 0)),
-                         left.eq(request.beats), end.eq(request.offset + (request.beats << shift))]
+            m.d.sync += [rest.active.eq(self.request.valid), rest.first.eq(1), Cat(rest.low, beat).eq(request.offset),
+                         rest.misaligned.eq(request.offset[:shift].any()), left.eq(request.beats),
+                         rest.end.eq(request.offset + (request.beats << shift))]
         return m

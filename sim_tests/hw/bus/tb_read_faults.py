@@ -25,7 +25,8 @@ class Bench:
         self.memory = self.rng.bytes(RAM_BYTES)
         self.slave = ReadSlave(dut, self.memory, self.beat_bytes, **slave)
         self.plans = {name: plans.get(name, []) for name in CLIENTS}
-        self.sources = [Source(dut, f"{n}_request", [request_word(*r) for r in self.plans[n]], idle=idle) for n in CLIENTS]
+        self.sources = [Source(dut, f"{n}_request", [request_word(*r) for r in self.plans[n]], idle=idle)
+                        for n in CLIENTS]
         self.sinks = [Sink(dut, f"{n}_data", stall=stall) for n in CLIENTS]
         self.ends = [Tap(dut, "m_axi__ar", AR), *self.sources, *self.sinks, self.slave]
         self.want = {n: [self.word(BASE + offset + b * self.beat_bytes) for offset, beats in self.plans[n]

@@ -5,8 +5,8 @@ from sim_tests.hw.bus.common import CONFIGS
 from sim_tests.lib.simulate import run_cocotb
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("bench, tests", [("tb_read", 32), ("tb_read_faults", 119)])
-def test_read_master(name, bench, tests, tmp_path):
+@pytest.mark.parametrize("bench, tests, name", [
+    *(("tb_read", 32, name) for name in ("tiny", "wide")), *(("tb_read_faults", 119, name) for name in CONFIGS)])
+def test_read_master(bench, tests, name, tmp_path):
     config = CONFIGS[name]
     run_cocotb(ReadMaster(config=config), "read_master", f"sim_tests.hw.bus.{bench}", tests, tmp_path, config)

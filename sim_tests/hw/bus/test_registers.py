@@ -9,4 +9,4 @@ from spec.config import load
 @pytest.mark.parametrize("preset", ["tiny"])
 def test_register_file(preset, tmp_path):
     config = load(preset)
-    run_cocotb(RegisterFile(config=config), "register_file", "sim_tests.hw.bus.tb_registers", 17, tmp_path, config)
+    run_cocotb(RegisterFile(config=config), "register_file", "sim_tests.hw.bus.tb_registers", 19, tmp_path, config)

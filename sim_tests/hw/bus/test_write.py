@@ -5,8 +5,8 @@ from sim_tests.hw.bus.common import CONFIGS
 from sim_tests.lib.simulate import run_cocotb
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("bench, tests", [("tb_write", 19), ("tb_write_faults", 68)])
-def test_write_master(name, bench, tests, tmp_path):
+@pytest.mark.parametrize("bench, tests, name", [
+    *(("tb_write", 19, name) for name in ("tiny", "wide")), *(("tb_write_faults", 68, name) for name in CONFIGS)])
+def test_write_master(bench, tests, name, tmp_path):
     config = CONFIGS[name]
     run_cocotb(WriteMaster(config=config), "write_master", f"sim_tests.hw.bus.{bench}", tests, tmp_path, config)

@@ -79,7 +79,7 @@ def load(path):
     path = Path(path)
     data = read_regular_file(path, max_bytes=MAX_FILE_BYTES)
     try:
-        return parse(data, name=re.sub(r"\W", "_", path.stem)[:64] or "network")
+        return parse(data, name=_identifier(path.stem, set(), "network"))
     except InputError as error:
         raise error.within(path) from None
 

@@ -246,6 +246,8 @@ class Quantizer:
         bias = np.clip(np.round((node.bias + shift) / (source.scale * scale)), -_LARGEST_BIAS, _LARGEST_BIAS)
         bias = bias.astype(np.int64)
         folded = convolution.fold_bias(bias, kept, source.zero_point)
+        if int(np.abs(folded).max()) >= 1 << 31:
+            raise InputError("has a bias that does not fit 32 bits", field=f"layer {node.name!r}")
         metrics = methods.weight_metrics(values, scale, terms)
         metrics["output_error"] = error
         if reason:

@@ -122,6 +122,7 @@ def _layer(net, layer, where):
         raise InputError(f"must be at most high ({r.high})", field=f"{where} low", value=r.low)
     if layer.residual is None:
         _same(f"{where} residual_multiplier", r.residual_multiplier, 0, "it has no residual")
+        _same(f"{where} residual_zero_point", r.residual_zero_point, 0, "it has no residual")
     else:
         residual = net.tensors[layer.residual]
         _same(f"{where} residual", residual.shape, output.shape, "the output's shape")

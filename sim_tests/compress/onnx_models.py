@@ -65,7 +65,7 @@ def random_model(rng):
             break
         if kind in ("conv", "dilated", "residual", "same"):
             outputs = c if kind == "residual" else int(rng.integers(1, 9))
-            stride, dilation, pad = 1, 1, k // 2
+            pad = k // 2
             if kind == "conv":
                 stride = int(rng.integers(1, 3))
                 pads = rng.integers(0, k, 4).tolist()
@@ -90,7 +90,7 @@ def random_model(rng):
         elif kind == "group" and c % 2 == 0:
             x = b.node("Relu", b.conv(rng, x, c, 4, k, groups=2))
         elif kind == "max":
-            x = b.node("MaxPool", x, kernel_shape=[2, 3], strides=[2, 2], pads=[0, 1, 1, 1],
+            x = b.node("MaxPool", x, kernel_shape=[2, 3], strides=[2, 2], pads=[0, 1, 0, 0],
                        ceil_mode=int(rng.integers(2)))
         elif kind == "average":
             x = b.node("AveragePool", x, kernel_shape=[2, 2], strides=[1, 2], pads=[1, 0, 0, 1], count_include_pad=1)

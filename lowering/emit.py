@@ -20,6 +20,8 @@ MAX_TILE_COLS, MAX_TILE_ROWS, MAX_TILE_PLANES = 16383, 4095, 1023
 MAX_BEATS = MAX_FILL = MAX_ADDRESS = 65535
 #: Steps of the first EXECUTE of a layer; each further one takes twice as many, until all weights are on chip.
 FIRST_STEPS = 1
+#: Beats of weights loaded while the layer before still runs.
+PRELOAD_BEATS = 256
 
 
 @dataclass
@@ -35,11 +37,11 @@ class Allocation:
 class Ring:
     """First-in first-out buffer of constant blobs; a blob that is still there is not loaded again."""
 
-    def __init__(self, name, target, words, word_beats, program, sizes, *, streaming):
+    def __init__(self, name, target, words, word_beats, program, sizes, *, streaming, head=0):
         self.name, self.target, self.words, self.word_beats = name, target, words, word_beats
         self.program, self.sizes = program, sizes
         self.grain = ceil_div(words, RING_PARTS) if streaming else 1
-        self.live, self.head = {}, 0
+        self.live, self.head = {}, head
 
     def get(self, key, length, source, pinned=()):
         """The allocation of a blob; None if it is not there and would push out a pinned one."""
@@ -165,11 +167,8 @@ class LayerEmitter:
                     for k in range(len(steps))]
             drafts.append((number, chunk, steps, tiles, hold))
             total_steps += len(steps)
-        all_beats = sum(t.shape[1] for d in drafts for t, h in zip(d[3], d[4]) if not h) // beat
-        weight_groups = max(p.weights.shape[0] for p in job.parts)
-        self.weights_stay = all_beats * weight_groups <= self.max_weight_beats
-        self.tables_stay = total_steps <= self.step_entries
-        most_steps = self.step_entries if self.tables_stay else self.step_entries // 2
+        # A table that does not fit is streamed, and leaves room for its next piece.
+        most_steps = self.step_entries if total_steps <= self.step_entries else self.step_entries // 2
         # Weights that are streamed leave room for the next piece.
         most_beats = self.max_weight_beats // 2
         for number, chunk, steps, tiles, hold in drafts:
@@ -243,17 +242,35 @@ class LayerEmitter:
                                                    first=k == 0, last=k == len(self.pieces) - 1))
 
     # -- emission --------------------------------------------------------------------------------------------------
+    def begin(self, before=None):
+        """Open the buffers; they go on where those of the layer ``before`` end, so that both can be in use."""
+        sizes, memory = self.sizes, self.sizes.config.memory
+        planes = self.job.output.planes
+        self.parameter_chunk = planes if planes <= memory.parameter_groups else memory.parameter_groups // 2
+        groups = 1 if self.weight_shared else planes
+        parameter_words = min(sizes.parameter_words, 1 << 16)
+
+        def ring(name, target, words, word_beats, total):
+            head = getattr(before, name).head if before else 0
+            return Ring(name, target, words, word_beats, self.program, sizes, streaming=total > words,
+                        head=head if head + total <= words else 0)
+
+        self.weight = ring("weight", LinearTarget.WEIGHT, self.max_weight_beats, 1, self.group_beats * groups)
+        self.step = ring("step", LinearTarget.STEP, self.step_entries, sizes.step_beats, self.steps_total)
+        self.parameter = ring("parameter", LinearTarget.PARAMETER, parameter_words, 1, planes * sizes.parameter_beats)
+
+    def preload(self):
+        """What the layer needs first and the layer before does not make; placed before the barrier between them."""
+        item = self.items[0]
+        piece = self.pieces[item.piece]
+        self.step.load(self._table_allocation(item))
+        ends = [b + n for b, n in zip(piece.tile_beat, piece.tile_beats) if b >= 0]
+        self.weight.load(self._weight_allocation(item), max([e for e in ends if e <= PRELOAD_BEATS] or ends[:1]))
+        self._load_parameters(item.group)
+
     def emit(self):
         """All instructions of the layer, without the barrier behind it."""
         sizes, plan = self.sizes, self.plan
-        self.weights = Ring("weight", LinearTarget.WEIGHT, self.max_weight_beats, 1, self.program, sizes,
-                            streaming=not self.weights_stay)
-        self.table = Ring("step", LinearTarget.STEP, self.step_entries, sizes.step_beats, self.program, sizes,
-                          streaming=not self.tables_stay)
-        slots = sizes.config.memory.parameter_groups
-        self.parameter_chunk = self.job.output.planes if self.job.output.planes <= slots else slots // 2
-        words = min(sizes.parameter_words, 1 << 16)
-        self.parameters = Ring("parameter", LinearTarget.PARAMETER, words, 1, self.program, sizes, streaming=False)
         self.residual_head = 0
         self.regions = {}
         self.region_words = sizes.activation_blocks // plan.regions // sizes.banks * sizes.banks
@@ -292,24 +309,27 @@ class LayerEmitter:
         piece = self.pieces[item.piece]
         key = self._weight_key(item)
         source = self.weight_source + (key[0] * self.group_beats + piece.weight_offset) * self.sizes.beat_bytes
-        return self.weights.get(key, piece.weight_beats, source, pinned)
+        return self.weight.get(key, piece.weight_beats, source, pinned)
 
     def _table_allocation(self, item, pinned=()):
         piece = self.pieces[item.piece]
-        return self.table.get(item.piece, piece.steps, self.table_base + piece.table_source, pinned)
+        return self.step.get(item.piece, piece.steps, self.table_base + piece.table_source, pinned)
 
     def _execute(self, item, first):
         """The item's EXECUTE; the layer's first one is cut so that it begins when its first weights are there."""
         piece, plan = self.pieces[item.piece], self.plan
         table = self._table_allocation(item)
-        self.table.load(table)
+        self.step.load(table)
         weights = self._weight_allocation(item)
-        cuts = self._first_cuts(piece) if first else [0, piece.steps]
+        cuts = [0, piece.steps]
+        if first:
+            ready = sum(b + n <= weights.loaded for b, n in zip(piece.tile_beat, piece.tile_beats) if b >= 0)
+            cuts = self._first_cuts(piece, max(FIRST_STEPS, ready))
         y, rows, x, cols = item.strip
         for begin, end in zip(cuts, cuts[1:]):
             start = piece.tile_beat[begin]
             stop = max(b + n for b, n in zip(piece.tile_beat[begin:end], piece.tile_beats[begin:end]))
-            self.weights.load(weights, stop)
+            self.weight.load(weights, stop)
             region = self._region(item)
             self._load_rows(region, item.bundle, self._need(item, max(piece.row[begin:end])))
             job = self.job
@@ -328,16 +348,16 @@ class LayerEmitter:
             self.macs_executed += (end - begin) * rows * cols * self.sizes.config.structured.multipliers
 
     @staticmethod
-    def _first_cuts(piece):
-        """Ends of the layer's first EXECUTEs: few steps, then more; each new kernel row begins anew with few."""
-        cuts, size, row = [0], FIRST_STEPS, piece.row[0]
+    def _first_cuts(piece, size):
+        """Ends of the layer's first EXECUTEs: ``size`` steps, then more; each new kernel row begins anew."""
+        cuts, row = [0], piece.row[0]
         while cuts[-1] < piece.steps:
             end = cuts[-1] + 1
             while end < piece.steps and (piece.tile_beat[end] < 0 or end - cuts[-1] < size and piece.row[end] <= row):
                 end += 1
             cuts.append(end)
             fresh = end < piece.steps and piece.row[end] > row
-            size, row = (FIRST_STEPS, piece.row[end]) if fresh else (2 * size, row)
+            size, row = (max(FIRST_STEPS, size - end), piece.row[end]) if fresh else (2 * size, row)
         return cuts
 
     def _need(self, item, kernel_row):
@@ -371,8 +391,8 @@ class LayerEmitter:
         key = group // chunk
         count = min(chunk, self.job.output.planes - key * chunk) * beats
         source = self.parameter_source + key * chunk * beats * self.sizes.beat_bytes
-        allocation = self.parameters.get(key, count, source)
-        self.parameters.load(allocation)
+        allocation = self.parameter.get(key, count, source)
+        self.parameter.load(allocation)
         return allocation.base + (group - key * chunk) * beats
 
     def _load_residual(self, item, rows, cols, first_row, first_col):
@@ -509,13 +529,13 @@ class LayerEmitter:
             return          # what this column group still needs comes first
         current = self._weight_key(item)
         following = self._following[at]
-        if following is not None and (self.weights.live[current].loaded == self.weights.live[current].length):
+        if following is not None and (self.weight.live[current].loaded == self.weight.live[current].length):
             allocation = self._weight_allocation(following, pinned=(current,))
             if allocation is not None:
                 table = self._table_allocation(following, pinned=(item.piece,))
                 if table is not None:
-                    self.table.load(table)
-                self.weights.load(allocation)
+                    self.step.load(table)
+                self.weight.load(allocation)
         # The rest of this tile, then the next one, spread evenly over the items that use this one.
         self._spread(at, keys, run_start)
 

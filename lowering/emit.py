@@ -97,9 +97,10 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """One tile: image, bundles, windows per chunk."""
+    """One tile: first image and images (more than 1 only for outputs of one pixel), bundles, outputs."""
 
     image: int
+    images: int
     bundles: tuple[int, ...]
     first_row: int
     rows: int
@@ -133,7 +134,7 @@ class Region:
     tile: Tile
     rows: Window
     cols: Window
-    #: (bundle place in tile, first padded row, end).
+    #: (place, first padded row, end); place = bundle place in tile * images + image.
     todo: list
     #: How many pieces there were.
     pieces: int
@@ -224,11 +225,12 @@ class LayerEmitter:
         plan, out = self.plan, self.job.output
         self.tiles, self.items = [], []
         count = len(self.bundles)
-        for image in range(self.batch):
+        for image in range(0, self.batch, plan.images):
             for y in range(0, out.height, plan.rows):
                 for x in range(0, out.width, plan.cols):
                     for b in range(0, count, plan.bundles):
-                        self.tiles.append(Tile(image=image, bundles=tuple(range(b, min(b + plan.bundles, count))),
+                        self.tiles.append(Tile(image=image, images=min(plan.images, self.batch - image),
+                                               bundles=tuple(range(b, min(b + plan.bundles, count))),
                                                first_row=y, rows=min(plan.rows, out.height - y), first_col=x,
                                                cols=min(plan.cols, out.width - x)))
         for number, tile in enumerate(self.tiles):
@@ -326,6 +328,7 @@ class LayerEmitter:
             ready = sum(b + n <= weights.loaded for b, n in zip(piece.tile_beat, piece.tile_beats) if b >= 0)
             cuts = self._first_cuts(piece, max(FIRST_STEPS, ready))
         y, rows, x, cols = item.strip
+        images = self.tiles[item.tile].images
         for begin, end in zip(cuts, cuts[1:]):
             start = piece.tile_beat[begin]
             stop = max(b + n for b, n in zip(piece.tile_beat[begin:end], piece.tile_beats[begin:end]))
@@ -333,9 +336,11 @@ class LayerEmitter:
             region = self._region(item)
             self._load_rows(region, item.bundle, self._need(item, max(piece.row[begin:end])))
             job = self.job
-            base = region.base + item.bundle * plan.area + (y * job.stride[0] * plan.pitch + x * job.stride[1]) * plan.cb
+            base = region.base + item.bundle * images * plan.area + (y * job.stride[0] * plan.pitch + x * job.stride[1]) * plan.cb
             row_step = job.stride[0] * plan.pitch * plan.cb if rows > 1 else 0
             col_step = job.stride[1] * plan.cb if cols > 1 else 0
+            if images > 1:
+                rows, row_step = images, plan.area
             low = base + min(piece.low[begin:end])
             high = base + (rows - 1) * row_step + (cols - 1) * col_step + max(piece.high[begin:end])
             self.program.emit(
@@ -369,6 +374,7 @@ class LayerEmitter:
         job, out, tile = self.job, self.job.output, self.tiles[item.tile]
         y, rows, x, cols = item.strip
         first_row, first_col = tile.first_row + y, tile.first_col + x
+        rows = tile.images if tile.images > 1 else rows
         parameter = self._load_parameters(item.group)
         r = job.requantization
         fields = dict(zero_point=r.zero_point, low=r.low, high=r.high)
@@ -379,7 +385,9 @@ class LayerEmitter:
                            residual_multiplier=r.residual_multiplier)
             reads.append(("residual", base, rows * cols))
         row_stride = out.width
-        if cols == out.width:
+        if tile.images > 1:
+            row_stride = out.image_units
+        elif cols == out.width:
             rows, cols = 1, rows * cols
         self.program.emit(Opcode.STORE, reads=reads, address=out.offset + out.relative(tile.image, item.group, first_row,
                           first_col), rows=rows, cols=cols, row_stride=row_stride if rows > 1 else 0, bank=bank,
@@ -403,7 +411,7 @@ class LayerEmitter:
         self.residual_head = base + room
         address = source.offset + source.relative(self.tiles[item.tile].image, item.group, first_row, first_col)
         self._load_tile(TileTarget.RESIDUAL, ("residual", base, rows * cols), address, base,
-                        [(rows, source.width, cols), (cols, 1, 1)])
+                        [(rows, source.image_units if self.tiles[item.tile].images > 1 else source.width, cols), (cols, 1, 1)])
         return base
 
     # -- activations -----------------------------------------------------------------------------------------------
@@ -428,15 +436,20 @@ class LayerEmitter:
         kernel_rows = chunk.rows[1] - chunk.rows[0]
         for y in range(0, tile.rows, plan.strip_rows):
             last = min(y + plan.strip_rows, tile.rows) - 1
-            rows_needed = range(kernel_rows) if first_ever and y == 0 else (kernel_rows - 1,)
+            rows_needed = range(kernel_rows) if tile.images == 1 and first_ever and y == 0 else (kernel_rows - 1,)
             ends |= {last * self.job.stride[0] + r * self.job.dilation[0] + 1 for r in rows_needed}
         ends = sorted(ends | {rows.extent})
-        todo = [(place, a, b) for place in range(len(tile.bundles)) for a, b in zip([0, *ends], ends)]
+        if tile.images > 1:
+            ends = [rows.extent]
+        todo = [(place, a, b) for place in range(len(tile.bundles) * tile.images) for a, b in zip([0, *ends], ends)]
         self.regions[key] = Region(base, chunk, tile, rows, cols, todo, len(todo))
 
     def _load_rows(self, region, bundle, need):
         """Load pieces until padded rows below ``need`` of a bundle are requested."""
-        while region.todo and (region.todo[0][0] < bundle or region.todo[0][0] == bundle and region.todo[0][1] < need):
+        while region.todo:
+            place, begin, _ = region.todo[0]
+            if place // region.tile.images > bundle or place // region.tile.images == bundle and begin >= need:
+                return
             self._load_piece(region, *region.todo.pop(0))
 
     def _load_piece(self, region, place, begin, end):
@@ -466,10 +479,11 @@ class LayerEmitter:
         if final:
             start = (last - 1) * pitch + cols.before + cols.data
             self._fill(base, [(base + start * cb, (pixels - start) * cb)], 1, 0)
-        start_group = self.bundles[region.tile.bundles[place]][0] + region.chunk.groups[0]
+        start_group = self.bundles[region.tile.bundles[place // region.tile.images]][0] + region.chunk.groups[0]
         planes = region.chunk.groups[1] - region.chunk.groups[0]
         gb, source = sizes.group_blocks, job.input
         extra = cb - planes * gb
+        image = region.tile.image + place % region.tile.images
         origin = base + (first * pitch + cols.before) * cb
         if extra:
             count = (last - 1 - first) * pitch + cols.data
@@ -479,7 +493,7 @@ class LayerEmitter:
         hi = origin + ((last - 1 - first) * pitch + cols.data - 1) * cb + cb
         for plane in range(0, planes, MAX_TILE_PLANES):
             count = min(MAX_TILE_PLANES, planes - plane)
-            address = source.offset + source.relative(region.tile.image, start_group + plane, row, cols.start)
+            address = source.offset + source.relative(image, start_group + plane, row, cols.start)
             self._load_tile(TileTarget.ACTIVATION, ("activation", origin, hi - origin), address, origin + plane * gb,
                             [(count, source.height * source.width, gb), (last - first, source.width, pitch * cb),
                              (cols.data, 1, cb)])
@@ -525,7 +539,7 @@ class LayerEmitter:
         """Loads for later items, placed behind item ``at``: the next weights and a share of the next tile."""
         item = self.items[at]
         region = self.regions[keys[at]]
-        if region.todo and region.todo[0][0] <= item.bundle:
+        if region.todo and region.todo[0][0] // region.tile.images <= item.bundle:
             return          # what this column group still needs comes first
         current = self._weight_key(item)
         following = self._following[at]

@@ -48,6 +48,8 @@ def make_window(first, count, *, stride, origin, dilation, taps, size):
 class Plan:
     """How a layer is cut, and the geometry of its tiles in the scratchpad."""
 
+    #: Images in a tile: more than 1 only where the output is one pixel, so that a batch shares each weight tile.
+    images: int
     #: Output rows and columns of a tile, bundles in it, output rows and columns of a strip.
     rows: int
     cols: int
@@ -121,12 +123,15 @@ class Tiler:
         return (Chunk((0, self.job.span), (0, kh), (0, kw)),)
 
     def _whole(self):
-        out = self.job.output
-        once = self.batch == 1
-        plan = self._make(out.height, out.width, len(self.bundles), self._full_chunk(), regions=1 if once else 2)
-        if plan is None and not once:
-            return None
-        return plan
+        out, bundles, chunks = self.job.output, len(self.bundles), self._full_chunk()
+        images = 1
+        if out.height * out.width == 1 and max(p.image_units for p in (self.job.residual, out) if p) < 1 << 20:
+            images = min(self.batch, self.max_pixels)
+        for count in _halvings(images):
+            plan = self._make(out.height, out.width, bundles, chunks, regions=1 if count == self.batch else 2, images=count)
+            if plan:
+                return plan
+        return None
 
     def _candidates(self):
         """Plans with two regions; finer cuts of the reduction only while nothing coarser gives good strips."""
@@ -169,8 +174,8 @@ class Tiler:
                 return plan
         return None
 
-    def _make(self, rows, cols, bundles, chunks, *, regions):
-        job, sizes, out = self.job, self.sizes, self.job.output
+    def _make(self, rows, cols, bundles, chunks, *, regions, images=1):
+        sizes, out = self.sizes, self.job.output
         room = sizes.activation_blocks // regions // sizes.banks * sizes.banks
         strip_rows, strip_cols = self.strips(rows, cols) if len(chunks) == 1 else (rows, cols)
         if strip_rows * strip_cols > self.max_pixels:
@@ -189,7 +194,7 @@ class Tiler:
             cb = align(width, grain)
             for pitch in range(least, least + EXTRA_PITCHES):
                 area = align(((y_extent - 1) * pitch + x_extent) * cb, sizes.banks)
-                if area * bundles > room:
+                if area * bundles * images > room:
                     break
                 chosen = self._choose(chunks, pitch, cb)
                 if chosen and (best is None or (chosen[0], cb, pitch) < best[0]):
@@ -198,7 +203,7 @@ class Tiler:
             return None
         (_, cb, pitch), (steps, beats, passes), area = best
         cost = self._cost(rows, cols, strip_rows, strip_cols, chunks, steps, beats)
-        return Plan(rows=rows, cols=cols, bundles=bundles, strip_rows=strip_rows, strip_cols=strip_cols, chunks=chunks,
+        return Plan(images=images, rows=rows, cols=cols, bundles=bundles, strip_rows=strip_rows, strip_cols=strip_cols, chunks=chunks,
                     pitch=pitch, cb=cb, area=area, regions=regions, passes=tuple(passes), cost_cycles=cost)
 
     def _choose(self, chunks, pitch, cb):

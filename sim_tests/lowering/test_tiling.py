@@ -76,3 +76,14 @@ def test_whole_image_stays_if_it_fits(rng):
     assert (plan.rows, plan.cols, plan.regions, len(plan.chunks)) == (14, 14, 1, 1)
     assert plan.area <= sizes.activation_blocks and plan.pitch >= 15 and plan.cb == 32
     assert np.prod(job.kernel) == 9
+
+
+def test_a_batch_of_single_pixels_shares_weights(rng):
+    """Fully connected: the images are the pixels of one strip, as far as accumulators and scratchpad reach."""
+    for name, batch, residual in (("nm256", 9, False), ("nm256", 150, True), ("tiny", 5, True)):
+        config = load(name)
+        layer, out = convolution(rng, size=(2, 2), channels=20, outputs=18, kernel=(2, 2), residual=residual)
+        lowered, machine = check(network((2, 2), 20, [layer], [out]), config, rng, batch=batch)
+        plan = lowered.layers[0].plan
+        assert plan.images == min(batch, 128)
+        assert machine.counts["EXECUTE"] < batch * out.channels

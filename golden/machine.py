@@ -174,20 +174,19 @@ class Machine:
         opcode, f = isa.decode(word)
         if opcode is None:
             self._fail(Error.ILLEGAL_OPCODE, f"operation code {word & 15} is unknown")
-        if self._pc == 0 and opcode is not Opcode.HEADER:
-            self._fail(Error.DIGEST_MISMATCH, f"a program must begin with HEADER, not {opcode.name}")
         self._require(f["reserved"] == 0, "reserved bits must be 0")
         unit = isa.UNIT_OF[opcode]
         own = _UNITS if unit is Unit.CONTROL else (unit,)
         for other in own:
             self._require(not f[f"wait_{other.name.lower()}"] and not f[f"push_{other.name.lower()}"],
                           f"{opcode.name} must not exchange tokens with the {other.name.lower()} unit")
-        self.counts[opcode.name] += 1
-        if opcode is Opcode.END:
-            return True
         if unit is Unit.CONTROL:
-            self._control(opcode, f)
-            return False
+            self._require(f.get("version", isa.VERSION) == isa.VERSION, f"version must be {isa.VERSION}")
+            self._require_header(opcode)
+            self.counts[opcode.name] += 1
+            if opcode is not Opcode.END:
+                self._control(opcode, f)
+            return opcode is Opcode.END
         check, act = {
             Opcode.LOAD_TILE: (self._check_load_tile, self._load_tile),
             Opcode.LOAD_LINEAR: (self._check_load_linear, self._load_linear),
@@ -195,16 +194,25 @@ class Machine:
             Opcode.EXECUTE: (self._check_execute, self._execute),
             Opcode.STORE: (self._check_store, self._store)}[opcode]
         check(f)
+        self._require_header(opcode)
+        self.counts[opcode.name] += 1
         self._wait(unit, f)
         act(f)
         self._push(unit, f)
         return False
 
+    def _require_header(self, opcode):
+        """The first instruction must be HEADER; the command processor looks at its fields before that."""
+        self._require(self._pc or opcode is Opcode.HEADER, f"a program must begin with HEADER, not {opcode.name}",
+                      Error.DIGEST_MISMATCH)
+
+    def _require_aligned(self, f, size):
+        self._require(f["address"] % size == 0, f"address must be a multiple of {size}")
+
     def _control(self, opcode, f):
         if opcode is Opcode.HEADER:
-            same = f["digest"] == self.sizes.digest_value and f["version"] == isa.VERSION
-            self._require(same, f"the program is for config {f['digest']:012x}, version {f['version']}, not "
-                          f"{self.config.digest}, version {isa.VERSION}", Error.DIGEST_MISMATCH)
+            self._require(f["digest"] == self.sizes.digest_value, f"the program is for config {f['digest']:012x}, not "
+                          f"{self.config.digest}", Error.DIGEST_MISMATCH)
         else:
             self._join_all()
             self.mark = f["mark"]
@@ -296,11 +304,10 @@ class Machine:
         self._require(f["target"] in TileTarget.__members__.values(), f"target {f['target']} is unknown")
         for name in ("planes", "rows", "cols"):
             self._require(f[name], f"{name} must be at least 1")
+        self._require_aligned(f, self.sizes.unit_bytes)
 
     def _load_tile(self, f):
         z, s = self.sizes, self.config.structured
-        if f["address"] % z.unit_bytes:
-            self._fail(Error.MEMORY_RANGE, f"address must be a multiple of {z.unit_bytes}", f["address"])
         units = self._grid(f["address"] // z.unit_bytes, (f["planes"], f["plane_stride"]), (f["rows"], f["row_stride"]),
                            (f["cols"], 1)).ravel()
         self._units(units)
@@ -315,6 +322,8 @@ class Machine:
             self._writes("residual", target, vector)
             self._residual[target] = data.view(np.int8)
         else:
+            if (target % z.group_blocks).any():
+                self._fail(Error.SCRATCHPAD_RANGE, f"activation blocks of a unit must begin at a multiple of {z.group_blocks}")
             target = target[:, None] + np.arange(z.group_blocks)
             self._range("activation block", target.min(), target.max(), z.activation_blocks)
             self._writes("activation", target, vector)
@@ -326,11 +335,10 @@ class Machine:
         if f["target"] == LinearTarget.STEP:
             whole = self.sizes.step_beats
             self._require(f["beats"] % whole == 0, f"beats must be whole entries of {whole}")
+        self._require_aligned(f, self.sizes.beat_bytes)
 
     def _load_linear(self, f):
         z, at, size = self.sizes, f["address"], f["beats"] * self.sizes.beat_bytes
-        if at % z.beat_bytes:
-            self._fail(Error.MEMORY_RANGE, f"address must be a multiple of {z.beat_bytes}", at)
         if at + size > len(self.memory):
             self._fail(Error.MEMORY_RANGE, f"the transfer of {size} bytes leaves memory ({len(self.memory)} bytes)", at)
         name, table, count = {
@@ -370,13 +378,13 @@ class Machine:
     def _check_execute(self, f):
         self._check_pixels(f)
         self._require(f["steps"], "steps must be at least 1")
+        self._require(f["step"] + f["steps"] <= len(self._steps), f"steps must end within the {len(self._steps)} entries")
         self._require(f["operation"] in Operation.__members__.values(), f"operation {f['operation']} is unknown")
 
     def _step_fields(self, f):
         """The step entries of an EXECUTE as named int64 columns, checked."""
         s, z, vector = self.config.structured, self.sizes, self._vector[Unit.EXECUTE]
         where = slice(f["step"], f["step"] + f["steps"])
-        self._range("step entry", where.start, where.stop - 1, len(self._steps))
         self._reads("step", where, vector)
         rows, taps = self._steps[where], s.taps
         offset, enable, (n_log2, segments_log2, hold) = rows[:, :taps], rows[:, taps:2 * taps], rows[:, 2 * taps:].T
@@ -525,15 +533,15 @@ class Machine:
     def _check_store(self, f):
         self._check_pixels(f)
         self._require(f["low"] <= f["high"], "low must be at most high")
+        self._require_aligned(f, self.sizes.unit_bytes)
+        self._require(f["parameter"] + self.sizes.parameter_beats <= self.sizes.parameter_words,
+                      f"parameters must end within the {self.sizes.parameter_words} beats")
 
     def _store(self, f):
         z, s, vector, bank = self.sizes, self.config.structured, self._vector[Unit.STORE], f["bank"]
-        if f["address"] % z.unit_bytes:
-            self._fail(Error.MEMORY_RANGE, f"address must be a multiple of {z.unit_bytes}", f["address"])
         units = self._grid(f["address"] // z.unit_bytes, (f["rows"], f["row_stride"]), (f["cols"], 1)).ravel()
         self._units(units)
         where = slice(f["parameter"], f["parameter"] + z.parameter_beats)
-        self._range("parameter beat", where.start, where.stop - 1, z.parameter_words)
         self._reads("parameter", where, self._early)
         words = self._parameter[where].ravel()[:s.columns * PARAMETER_BITS // 8].view("<u8")
         columns = [column_parameters().unpack(int(w)) for w in words]

@@ -17,6 +17,10 @@ instruction after the other in program order, no wait ever fails; then it cannot
 When an instruction has "ended": LOAD and FILL, the last word is in its scratchpad; EXECUTE, the last accumulator is
 written (the scratchpads and weights it read may be overwritten); STORE gives ``push_execute`` when the accumulator
 bank has been read and ``push_load`` when memory has acknowledged the last write.
+What can be judged from the instruction alone (reserved bits, own-unit tokens, counts of 0, rows * cols, ranges of the
+step table and of the parameter memory, alignment of addresses) is judged before it is dispatched: ILLEGAL_FIELD, and
+nothing of it happens. Addresses of scratchpads are judged as they are used.
+
 A STORE waits for its load token before it reads its parameters, and for its execute token before it reads
 accumulators.
 
@@ -103,7 +107,8 @@ _BODY = {
         Field("cols", unsigned(14), None, "Units per row, innermost loop; at least 1."),
         Field("plane_stride", unsigned(28), None, "Units in memory from one plane to the next."),
         Field("row_stride", unsigned(20), None, "Units in memory from one row to the next."),
-        Field("base", unsigned(16), None, "First destination address: block (activation) or unit (residual)."),
+        Field("base", unsigned(16), None, "First destination address: block (activation; this and the steps are multiples "
+              "of a unit's blocks) or unit (residual)."),
         Field("plane_step", unsigned(16), None, "Destination step between planes (same unit as base)."),
         Field("row_step", unsigned(16), None, "Destination step between rows."),
         Field("col_step", unsigned(16), None, "Destination step between units of a row."),

@@ -41,10 +41,13 @@ def bursts_of(offset, beats, config):
 
 
 def requests(config, rng, count):
-    """Every length up to two bursts and one, page edges from all sides, both ends of the window, then random."""
+    """Every length up to two bursts and one (of long bursts only those near their ends), page edges from all sides,
+    both ends of the window, then random."""
     beat_bytes, longest = config.bus.data_bits // 8, config.bus.burst_beats
     page, window = PAGE_BYTES // beat_bytes, WINDOW_BYTES // beat_bytes
-    plan = [(0, n) for n in range(1, 2 * longest + 2)]
+    near = [n for n in range(1, 2 * longest + 2) if n < 9 or min(abs(n - longest), abs(n - 2 * longest)) < 3 or
+            longest <= 16]
+    plan = [(0, n) for n in near]
     plan += [(page - before, n) for before in (1, 2, longest) for n in (1, 2, 3, longest, longest + 1)]
     plan += [(0, 1), (window - 1, 1), (window - longest - 1, longest + 1), (0, min(window, page + longest + 1))]
     for _ in range(count):

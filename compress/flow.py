@@ -1,11 +1,10 @@
 """From a network file to a compressed network: the steps behind ``summand compress``."""
 from dataclasses import replace
 from pathlib import Path
-import re
 
 import numpy as np
 
-from compress import arrays, engine, methods, onnx_import, permute, tasder
+from compress import arrays, demo, engine, methods, onnx_import, permute, tasder
 from compress import graph as graphs
 from compress.quantize import Calibration, Quantizer, random_calibration
 from spec import config as configs
@@ -13,8 +12,6 @@ from spec.errors import InputError
 
 #: Calibration samples used at most; more rarely change a range and only cost time.
 MAX_SAMPLES = 512
-#: Names of the demo data.
-DEMO = re.compile(r"demo:(calibration|validation|heldout|train)")
 
 
 def load_samples(source, graph, *, limit=None):
@@ -32,14 +29,15 @@ def load_samples(source, graph, *, limit=None):
     if source is None:
         random = random_calibration(shape)
         return random.x, None, random.source
-    if match := DEMO.fullmatch(str(source)):
-        from compress import demo
-        x, labels = demo.digits(match[1])
-        data, name = {"x": x, "labels": labels}, f"scikit-learn digits, split {match[1]}"
+    if str(source).startswith("demo:"):
+        split = str(source).removeprefix("demo:")
+        x, labels = demo.digits(split)
+        data, name = {"x": x, "labels": labels}, f"scikit-learn digits, split {split}"
     else:
         data, name = arrays.load_data(source), Path(source).name
     try:
-        x = graphs.to_nhwc(data["x"], shape).astype(np.float32)
+        with np.errstate(over="ignore"):
+            x = graphs.to_nhwc(data["x"], shape).astype(np.float32)
         labels = data.get("labels")
         if labels is not None:
             if labels.dtype.kind not in "iu" or labels.shape != (len(x),):

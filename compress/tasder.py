@@ -85,7 +85,7 @@ def longest_prefix(count, good, *, walk=WALK):
     """Longest good prefix length in 0..count by bisection, then a linear walk over up to ``walk`` longer ones.
 
     Args: good: callback on a length; 0 counts as good without asking.
-    Returns: the length after which the first bad one was seen (or ``count``).
+    Returns: the largest length that was seen to be good.
 
     >>> longest_prefix(10, lambda n: n <= 6)
     6

@@ -1,0 +1,61 @@
+"""Rules of a network built in memory (those of files are in test_package)."""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from compress import validate
+from compress.network import Convolution, Network, Requantization, Tensor, Term
+from sim_tests.compress.networks import small_network
+from spec.config import Pattern
+from spec.errors import InputError
+
+NETWORK = small_network()[0]
+
+
+def with_layer(index, **changes):
+    layers = list(NETWORK.layers)
+    layers[index] = replace(layers[index], **changes)
+    return replace(NETWORK, layers=tuple(layers))
+
+
+def with_requantization(index, **changes):
+    return with_layer(index, requantization=replace(NETWORK.layers[index].requantization, **changes))
+
+
+def test_good_network_passes():
+    validate.network(NETWORK)
+
+
+@pytest.mark.parametrize("network,text", [
+    (replace(NETWORK, name="a b"), "network.name must be a name of 1..64"),
+    (replace(NETWORK, layers=()), "must have 1..65536 layers, not 0"),
+    (replace(NETWORK, input="nowhere"), "network.input must be one of the tensors"),
+    (with_layer(0, terms=()), "must have 1..8 terms"),
+    (with_layer(0, stride=(0, 1)), "stride must be an integer in 1.."),
+    (with_layer(0, pads=(1, 1, 1)), "pads must be 4 integers"),
+    (with_layer(0, weight_scale=np.ones(3)), "weight_scale must be float64 of shape (8,)"),
+    (with_layer(0, groups=3), "must divide 3 inputs"),
+    (with_requantization(0, bias=np.zeros(8, np.int64)), "bias must be int32 of shape (8,)"),
+    (with_requantization(0, shift=np.full(8, 40, np.uint8)), "shift must be in 0..31, not 40"),
+    (with_requantization(0, low=4, high=-4), "low must be at most high (-4), not 4"),
+    (with_requantization(0, zero_point=300), "zero_point must be an integer in -128..127, not 300"),
+    (with_requantization(0, residual_zero_point=1), "must be 0 (it has no residual)"),
+], ids=range(13))
+def test_broken_network(network, text):
+    with pytest.raises(InputError) as caught:
+        validate.network(network)
+    assert text in str(caught.value)
+
+
+def test_sums_that_could_leave_the_accumulator():
+    terms = tuple(Term(pattern=Pattern(1, 1), values=np.full((1, 1, 1, 1 << 15), 127, np.int8)) for _ in range(5))
+    tensors = {"a": Tensor(name="a", height=1, width=1, channels=1 << 15, scale=1.0, zero_point=0),
+               "b": Tensor(name="b", height=1, width=1, channels=1, scale=1.0, zero_point=0)}
+    r = Requantization(bias=np.zeros(1, np.int32), multiplier=np.ones(1, np.uint16), shift=np.zeros(1, np.uint8),
+                       zero_point=0)
+    layer = Convolution(name="c", input="a", output="b", requantization=r, terms=terms[:4])
+    network = Network(name="n", input="a", output="b", tensors=tensors, layers=(layer,))
+    validate.network(network)
+    with pytest.raises(InputError, match="must not be able to leave a 32-bit accumulator"):
+        validate.network(replace(network, layers=(replace(layer, terms=terms),)))

@@ -41,15 +41,20 @@ def bursts_of(offset, beats, config):
 
 
 def requests(config, rng, count):
-    """Every length up to two bursts and one (of long bursts only those near their ends), page edges from all sides,
-    both ends of the window, then random."""
+    """Every length up to two bursts and one, page edges from all sides, both ends of the window, then random.
+
+    Of long bursts only the lengths near their ends: the run stays short.
+    """
     beat_bytes, longest = config.bus.data_bits // 8, config.bus.burst_beats
     page, window = PAGE_BYTES // beat_bytes, WINDOW_BYTES // beat_bytes
-    near = [n for n in range(1, 2 * longest + 2) if n < 9 or min(abs(n - longest), abs(n - 2 * longest)) < 3 or
-            longest <= 16]
-    plan = [(0, n) for n in near]
-    plan += [(page - before, n) for before in (1, 2, longest) for n in (1, 2, 3, longest, longest + 1)]
-    plan += [(0, 1), (window - 1, 1), (window - longest - 1, longest + 1), (0, min(window, page + longest + 1))]
+    if longest <= 16:
+        lengths, edges = range(1, 2 * longest + 2), (1, 2, longest)
+    else:
+        lengths, edges = (1, 2, longest - 1, longest, longest + 1, 2 * longest + 1), (1, longest)
+    plan = [(0, n) for n in lengths]
+    plan += [(page - before, n) for before in edges for n in (1, 2, 3, lengths[-1] // 2, longest + 1)]
+    plan += [(0, 1), (window - 1, 1), (window - longest - 1, longest + 1)]
+    plan += [(0, page + longest + 1)] if longest <= 16 else []
     for _ in range(count):
         beats = int(rng.integers(1, 3 * longest))
         plan.append((int(rng.integers(0, window - beats + 1)), beats))

@@ -66,8 +66,8 @@ class Ring:
             count = min(upto - allocation.loaded, step)
             first = allocation.base + allocation.loaded
             address = allocation.source + allocation.loaded * self.word_beats * self.sizes.beat_bytes
-            self.program.emit(Opcode.LOAD_LINEAR, writes=[(self.name, first, count)], target=self.target, address=address,
-                              beats=count * self.word_beats, base=first)
+            self.program.emit(Opcode.LOAD_LINEAR, writes=[(self.name, first, count)], target=self.target,
+                              address=address, beats=count * self.word_beats, base=first)
             allocation.loaded += count
 
 
@@ -217,8 +217,8 @@ class LayerEmitter:
         source = sum(t.shape[0] for t in tables) * entry_bytes
         tables.append(self.tiler.reduction.table(steps, hold, plan.pitch, plan.cb, chunk))
         self.pieces.append(Piece(chunk=number, number=len(self.pieces), table_source=source, weight_offset=weight_at,
-                                 weight_beats=at, tile_beat=tuple(tile_beat), tile_beats=tuple(tile_beats), low=tuple(low),
-                                 high=tuple(high), row=tuple(row)))
+                                 weight_beats=at, tile_beat=tuple(tile_beat), tile_beats=tuple(tile_beats),
+                                 low=tuple(low), high=tuple(high), row=tuple(row)))
 
     # -- order of work ---------------------------------------------------------------------------------------------
     def _build_items(self):
@@ -336,7 +336,8 @@ class LayerEmitter:
             region = self._region(item)
             self._load_rows(region, item.bundle, self._need(item, max(piece.row[begin:end])))
             job = self.job
-            base = region.base + item.bundle * images * plan.area + (y * job.stride[0] * plan.pitch + x * job.stride[1]) * plan.cb
+            base = region.base + item.bundle * images * plan.area
+            base += (y * job.stride[0] * plan.pitch + x * job.stride[1]) * plan.cb
             row_step = job.stride[0] * plan.pitch * plan.cb if rows > 1 else 0
             col_step = job.stride[1] * plan.cb if cols > 1 else 0
             if images > 1:
@@ -377,21 +378,21 @@ class LayerEmitter:
         rows = tile.images if tile.images > 1 else rows
         parameter = self._load_parameters(item.group)
         r = job.requantization
-        fields = dict(zero_point=r.zero_point, low=r.low, high=r.high)
+        fields = {"zero_point": r.zero_point, "low": r.low, "high": r.high}
         reads = [("parameter", parameter, self.sizes.parameter_beats), ("bank", bank, 1)]
         if job.residual is not None:
             base = self._load_residual(item, rows, cols, first_row, first_col)
-            fields |= dict(residual=1, residual_base=base, residual_zero_point=r.residual_zero_point,
-                           residual_multiplier=r.residual_multiplier)
+            fields |= {"residual": 1, "residual_base": base, "residual_zero_point": r.residual_zero_point,
+                       "residual_multiplier": r.residual_multiplier}
             reads.append(("residual", base, rows * cols))
         row_stride = out.width
         if tile.images > 1:
             row_stride = out.image_units
         elif cols == out.width:
             rows, cols = 1, rows * cols
-        self.program.emit(Opcode.STORE, reads=reads, address=out.offset + out.relative(tile.image, item.group, first_row,
-                          first_col), rows=rows, cols=cols, row_stride=row_stride if rows > 1 else 0, bank=bank,
-                          parameter=parameter, **fields)
+        address = out.offset + out.relative(tile.image, item.group, first_row, first_col)
+        self.program.emit(Opcode.STORE, reads=reads, address=address, rows=rows, cols=cols,
+                          row_stride=row_stride if rows > 1 else 0, bank=bank, parameter=parameter, **fields)
 
     def _load_parameters(self, group):
         """First beat of a column group's parameters; loads their chunk if it is not there."""
@@ -410,8 +411,9 @@ class LayerEmitter:
         base = self.residual_head if self.residual_head + room <= units else 0
         self.residual_head = base + room
         address = source.offset + source.relative(self.tiles[item.tile].image, item.group, first_row, first_col)
+        row_stride = source.image_units if self.tiles[item.tile].images > 1 else source.width
         self._load_tile(TileTarget.RESIDUAL, ("residual", base, rows * cols), address, base,
-                        [(rows, source.image_units if self.tiles[item.tile].images > 1 else source.width, cols), (cols, 1, 1)])
+                        [(rows, row_stride, cols), (cols, 1, 1)])
         return base
 
     # -- activations -----------------------------------------------------------------------------------------------
@@ -456,7 +458,8 @@ class LayerEmitter:
         """Padding and data of padded rows begin..end of one bundle.
 
         The pixels behind a row's data (its right padding, which is also the next row's left padding) belong to the
-        row; those before the first row's data to the first piece; those behind the last row to the last row.
+        row; those before the first row's data to the first piece; those behind the last row to the last row. Blocks
+        of a pixel that no channel group fills (``cb`` is rounded up) meet only weights of 0 and stay as they are.
         """
         plan, job, sizes, rows, cols = self.plan, self.job, self.sizes, region.rows, region.cols
         cb, pitch = plan.cb, plan.pitch
@@ -464,10 +467,10 @@ class LayerEmitter:
         pixels = (rows.extent - 1) * pitch + max(cols.extent, cols.before + cols.data)
         if not rows.data or not cols.data:
             if begin == 0:
-                self._fill(base, [(base, pixels * cb)], 1, 0)
+                self._fill([(base, pixels * cb)], 1, 0)
             return
         if begin == 0:
-            self._fill(base, [(base, (rows.before * pitch + cols.before) * cb)], 1, 0)
+            self._fill([(base, (rows.before * pitch + cols.before) * cb)], 1, 0)
         first, last = max(begin, rows.before), min(end, rows.before + rows.data)
         if first >= last:
             return
@@ -475,20 +478,15 @@ class LayerEmitter:
         final = last == rows.before + rows.data
         gaps = last - first - int(final)
         if gap and gaps > 0:
-            self._fill(base, [(base + (first * pitch + cols.before + cols.data) * cb, gap)], gaps, pitch * cb)
+            self._fill([(base + (first * pitch + cols.before + cols.data) * cb, gap)], gaps, pitch * cb)
         if final:
             start = (last - 1) * pitch + cols.before + cols.data
-            self._fill(base, [(base + start * cb, (pixels - start) * cb)], 1, 0)
+            self._fill([(base + start * cb, (pixels - start) * cb)], 1, 0)
         start_group = self.bundles[region.tile.bundles[place // region.tile.images]][0] + region.chunk.groups[0]
         planes = region.chunk.groups[1] - region.chunk.groups[0]
         gb, source = sizes.group_blocks, job.input
-        extra = cb - planes * gb
         image = region.tile.image + place % region.tile.images
         origin = base + (first * pitch + cols.before) * cb
-        if extra:
-            count = (last - 1 - first) * pitch + cols.data
-            for at in range(0, count, MAX_TILE_ROWS):
-                self._fill(base, [(origin + at * cb + planes * gb, extra)], min(MAX_TILE_ROWS, count - at), cb)
         row = rows.start + first - rows.before
         hi = origin + ((last - 1 - first) * pitch + cols.data - 1) * cb + cb
         for plane in range(0, planes, MAX_TILE_PLANES):
@@ -498,7 +496,7 @@ class LayerEmitter:
                             [(count, source.height * source.width, gb), (last - first, source.width, pitch * cb),
                              (cols.data, 1, cb)])
 
-    def _fill(self, _, spans, rows, row_step):
+    def _fill(self, spans, rows, row_step):
         """FILL of ``rows`` rows; each span is (first block, blocks)."""
         for base, blocks in spans:
             while blocks > 0:

@@ -9,7 +9,7 @@ import numpy as np
 
 from compress.network import Add, Convolution, Pool
 from lowering.layout import Placement
-from spec.derive import BIAS, MULTIPLIER, PARAMETER_BITS, SHIFT, Sizes, ceil_div
+from spec.derive import BIAS, MULTIPLIER, PARAMETER_BITS, SHIFT, ceil_div
 from spec.errors import InputError
 from spec.isa import Operation
 
@@ -79,8 +79,8 @@ def make_job(layer, *, sizes, mark, tensors, batch):
     if isinstance(layer, Add) and residual is None:
         raise InputError("must name a residual operand", field=f"layer {layer.name}")
     _check_requantization(layer, target)
-    common = dict(name=layer.name, mark=mark, input=source, output=target, residual=residual,
-                  requantization=layer.requantization)
+    common = {"name": layer.name, "mark": mark, "input": source, "output": target, "residual": residual,
+              "requantization": layer.requantization}
     if isinstance(layer, Convolution):
         job = _convolution(layer, sizes, common, batch)
     else:
@@ -114,8 +114,8 @@ def _convolution(layer, sizes, common, batch):
     for term in layer.terms:
         m, dense = term.pattern.m, term.pattern.n == term.pattern.m
         if not dense and (m > block or block % m):
-            raise InputError(f"must have a pattern whose M divides {block} (block of configuration {sizes.config.name})",
-                             field=where, value=str(term.pattern))
+            raise InputError(f"must have a pattern whose M divides {block} (block of configuration "
+                             f"{sizes.config.name})", field=where, value=str(term.pattern))
         weights = _expand(term.values, layer, sizes, starts, span, target.planes)
         most = int(np.count_nonzero(weights, axis=-1).max())
         aligned = groups == 1 or depth % block == 0
@@ -131,7 +131,7 @@ def _convolution(layer, sizes, common, batch):
 
 
 def _expand(values, layer, sizes, starts, span, planes):
-    """Term values [outputs, kh, kw, depth] -> [planes, columns, taps, blocks, block], relative to each group's start."""
+    """Values [outputs, kh, kw, depth] -> [planes, columns, taps, blocks, block], relative to each group's start."""
     block, columns = sizes.config.structured.block, sizes.unit_bytes
     outputs, kh, kw, depth = values.shape
     per, width = outputs // layer.groups, span * columns
@@ -161,8 +161,8 @@ def _channelwise(layer, sizes, common):
     weights = np.broadcast_to(identity, (1, columns, kernel[0] * kernel[1], columns // block, block))
     bound = (1 if maximum else kernel[0] * kernel[1]) << sizes.activation.bits - 1
     if bound - 1 > sizes.accumulator.hi:
-        raise InputError(f"must have sums within {sizes.accumulator.bits}-bit accumulators", field=f"layer {layer.name}",
-                         value=bound)
+        raise InputError(f"must have sums within {sizes.accumulator.bits}-bit accumulators",
+                         field=f"layer {layer.name}", value=bound)
     return Job(**common, op=f"{layer.kind}_pool" if pool else "add", format="identity", kernel=kernel,
                stride=tuple(layer.stride) if pool else (1, 1), origin=tuple(layer.pads[:2]) if pool else (0, 0),
                dilation=(1, 1), fill=-128 if maximum else source.zero_point,
@@ -177,7 +177,8 @@ def _check_growth(layer, sizes):
     for term in layer.terms:
         if term.values.dtype != np.int8:
             raise InputError("must have int8 weights", field=f"layer {layer.name}", value=str(term.values.dtype))
-        if term.values.size and not sizes.weight.lo <= int(term.values.min()) <= int(term.values.max()) <= sizes.weight.hi:
+        lo, hi = int(term.values.min()), int(term.values.max())
+        if lo < sizes.weight.lo or hi > sizes.weight.hi:
             raise InputError(f"must have weights in {sizes.weight.lo}..{sizes.weight.hi}", field=f"layer {layer.name}")
         total += np.abs(term.values.astype(np.int64)).reshape(total.size, -1).sum(axis=1)
     worst = int(total.max()) << sizes.activation.bits - 1

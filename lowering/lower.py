@@ -87,8 +87,8 @@ def lower(network, config, *, batch=1, layers=None):
         network: `compress.network.Network`.
         config: `spec.config.Config`.
         batch: images per run, 1..1024; each has its own place in every tensor.
-        layers: names of the layers to lower, in any order; None for all. Tensors that these layers read and none of them
-            makes are inputs.
+        layers: names of the layers to lower, in any order; None for all. Tensors that these layers read and none of
+            them makes are inputs.
     Returns: `Lowered`.
     Raises: InputError for an unknown layer name, a layer that the configuration does not support (pattern, number of
         terms, accumulator growth) or a size that an instruction field cannot hold.
@@ -122,7 +122,8 @@ def _choose(network, names):
     names = [names] if isinstance(names, str) else list(names)
     for name in names:
         if name not in known:
-            raise InputError(f"must be a layer of {network.name}: {', '.join(sorted(known))}", field="layer", value=name)
+            raise InputError(f"must be a layer of {network.name}: {', '.join(sorted(known))}", field="layer",
+                             value=name)
     if not names:
         raise InputError("must name at least one layer", field="layers")
     return [layer for layer in network.layers if layer.name in set(names)]
@@ -139,9 +140,17 @@ def _place(network, chosen, sizes, batch):
         seen.add(layer.output)
     for name in [*inputs, *made]:
         t = network.tensors[name]
-        placed[name] = Placement(name=name, offset=at, images=batch, planes=planes_of(t.channels, sizes), height=t.height,
-                                 width=t.width, channels=t.channels, unit_bytes=sizes.unit_bytes, zero_point=t.zero_point)
+        if t.width >= 1 << 20 or t.height * t.width >= 1 << 28:
+            raise InputError("must be narrower than 2**20 pixels and smaller than 2**28 pixels (fields of LOAD_TILE)",
+                             field=f"tensor {name}", value=t.shape)
+        placed[name] = Placement(name=name, offset=at, images=batch, planes=planes_of(t.channels, sizes),
+                                 height=t.height, width=t.width, channels=t.channels, unit_bytes=sizes.unit_bytes,
+                                 zero_point=t.zero_point)
         at = align(at + placed[name].bytes, TENSOR_ALIGN_BYTES)
+    limit = 1 << sizes.config.bus.address_bits
+    if at > limit // 2:
+        raise InputError(f"must address all tensors ({at} bytes, at most half of memory)", field="bus.address_bits",
+                         value=sizes.config.bus.address_bits)
     return placed, tuple(inputs), tuple(made), at
 
 
@@ -161,10 +170,11 @@ def _emit(emitter, layer, following, program):
     program.barrier(emitter.job.mark)
     job, plan, sizes = emitter.job, emitter.plan, emitter.sizes
     block = sizes.config.structured.block
-    return LayerInfo(name=layer.name, op=job.op, format=job.format, mark=job.mark, input=layer.input, output=layer.output,
-                     residual=layer.residual, macs_dense=job.macs_dense, macs_executed=emitter.macs_executed,
-                     steps=emitter.steps_total, first_instruction=first, last_instruction=len(program.instructions) - 1,
-                     weight_bytes=emitter.weight_bytes, patterns=tuple(f"{p.n}:{block}" for p in plan.passes), plan=plan)
+    return LayerInfo(
+        name=layer.name, op=job.op, format=job.format, mark=job.mark, input=layer.input, output=layer.output,
+        residual=layer.residual, macs_dense=job.macs_dense, macs_executed=emitter.macs_executed,
+        steps=emitter.steps_total, first_instruction=first, last_instruction=len(program.instructions) - 1,
+        weight_bytes=emitter.weight_bytes, patterns=tuple(f"{p.n}:{block}" for p in plan.passes), plan=plan)
 
 
 def _program_bytes(program, sizes):

@@ -178,7 +178,7 @@ class Reduction:
         return ((rows[:, None] * dy * pitch + cols * dx) * cb).reshape(-1)
 
     def _select(self, array, chunk):
-        """A chunk's kernel positions and blocks of an array [..., taps, blocks, (more)] given as axes -2, -1 = these."""
+        """A chunk's kernel positions and blocks of an array [..., taps, blocks]."""
         kh, kw = self.job.kernel
         gb = self.sizes.group_blocks
         shaped = array.reshape(*array.shape[:-2], kh, kw, array.shape[-1])
@@ -217,7 +217,7 @@ class Reduction:
         gb, steps, beats, passes = sizes.group_blocks, 0, 0, []
         for first, take, n in split:
             best = None
-            # A pass of few segments may need no more steps in a wider pattern; a dense tile cannot hold a part of a block.
+            # A pass of few segments may take as few steps in a wider pattern; a dense tile cannot hold part of a block.
             wider = [p.n for p in sizes.config.structured.patterns if n <= p.n < p.m] if len(split) > 1 else [n]
             for hw in wider:
                 for length in segment_choices(hw, cb, sizes):
@@ -241,8 +241,9 @@ class Reduction:
         out = []
         for run in passes:
             mask = needed(self._select(self._counts[run.part], chunk), run.first, cb, run.segment_blocks)
-            packed = pack_segments(mask, offsets, run.segment_blocks, run.n, self.sizes, self.one_tap) if run.take else []
-            out += [Step(run, tuple(p)) for p in packed]
+            if run.take:
+                out += [Step(run, tuple(p)) for p in
+                        pack_segments(mask, offsets, run.segment_blocks, run.n, self.sizes, self.one_tap)]
         if not out:
             # Nothing to add: one step with all weights 0 (the accumulators must be set by somebody).
             out = [Step(Pass(passes[0].part, 0, 0, passes[0].n, passes[0].segment_blocks), ((0, 0),))]

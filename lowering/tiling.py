@@ -114,8 +114,8 @@ class Tiler:
             if best is None or candidate.cost_cycles < best.cost_cycles:
                 best = candidate
         if best is None:
-            raise InputError(f"must fit configuration {self.sizes.config.name} (memory.activation_bytes, structured.taps, "
-                             "structured.slots)", field=f"layer {self.job.name}")
+            raise InputError(f"must fit configuration {self.sizes.config.name} (memory.activation_bytes, "
+                             "structured.taps, structured.slots)", field=f"layer {self.job.name}")
         return best
 
     def _full_chunk(self):
@@ -128,7 +128,8 @@ class Tiler:
         if out.height * out.width == 1 and max(p.image_units for p in (self.job.residual, out) if p) < 1 << 20:
             images = min(self.batch, self.max_pixels)
         for count in _halvings(images):
-            plan = self._make(out.height, out.width, bundles, chunks, regions=1 if count == self.batch else 2, images=count)
+            plan = self._make(out.height, out.width, bundles, chunks, images=count,
+                              regions=1 if count == self.batch else 2)
             if plan:
                 return plan
         return None
@@ -203,8 +204,9 @@ class Tiler:
             return None
         (_, cb, pitch), (steps, beats, passes), area = best
         cost = self._cost(rows, cols, strip_rows, strip_cols, chunks, steps, beats)
-        return Plan(images=images, rows=rows, cols=cols, bundles=bundles, strip_rows=strip_rows, strip_cols=strip_cols, chunks=chunks,
-                    pitch=pitch, cb=cb, area=area, regions=regions, passes=tuple(passes), cost_cycles=cost)
+        return Plan(images=images, rows=rows, cols=cols, bundles=bundles, strip_rows=strip_rows,
+                    strip_cols=strip_cols, chunks=chunks, pitch=pitch, cb=cb, area=area,
+                    regions=regions, passes=tuple(passes), cost_cycles=cost)
 
     def _choose(self, chunks, pitch, cb):
         # Only the taps' places modulo the banks matter.
@@ -215,7 +217,7 @@ class Tiler:
 
     def _cost(self, rows, cols, strip_rows, strip_cols, chunks, steps, beats):
         """Rough cycles: the larger of array time and bus time."""
-        out, job, sizes = self.job.output, self.job, self.sizes
+        out, sizes = self.job.output, self.sizes
         groups = out.planes
         pixels = strip_rows * strip_cols
         strips = ceil_div(out.height, rows) * ceil_div(rows, strip_rows) * ceil_div(out.width, cols) * \

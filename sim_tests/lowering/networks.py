@@ -53,7 +53,8 @@ def pool(rng, name="pool", *, size, channels, kind, window, stride, pads=(0, 0, 
     if kind == "max":
         r = Requantization(bias=np.zeros(channels, np.int32), multiplier=np.full(channels, 16384, np.uint16),
                            shift=np.zeros(channels, np.uint8), zero_point=0)
-    layer = Pool(name=name, input=source, output=target, requantization=r, kind=kind, window=window, stride=stride, pads=pads)
+    layer = Pool(name=name, input=source, output=target, requantization=r, kind=kind, window=window, stride=stride,
+                 pads=pads)
     return layer, tensor(target, height, width, channels, 3)
 
 
@@ -86,8 +87,8 @@ def expected(layer, values, tensors):
     r = layer.requantization
     extra = {}
     if layer.residual:
-        extra = dict(residual=values[layer.residual], residual_zero_point=r.residual_zero_point,
-                     residual_multiplier=r.residual_multiplier)
+        extra = {"residual": values[layer.residual], "residual_zero_point": r.residual_zero_point,
+                 "residual_multiplier": r.residual_multiplier}
     return requantize(acc, bias=r.bias, multiplier=r.multiplier, shift=r.shift, zero_point=r.zero_point, low=r.low,
                       high=r.high, **extra)
 

@@ -42,4 +42,5 @@ def random_network(rng, block, *, largest=12):
         layer, out = convolution(rng, size=size, channels=channels, outputs=outputs, kernel=kernel, patterns=patterns,
                                  stride=stride, pads=tuple(pads), dilation=dilation, groups=groups,
                                  residual=bool(rng.integers(2)))
-    return network(size, channels, [layer], [out]), (kind, size, channels, outputs, kernel, stride, pads, dilation, groups)
+    what = kind, size, channels, outputs, kernel, stride, pads, dilation, groups
+    return network(size, channels, [layer], [out]), what

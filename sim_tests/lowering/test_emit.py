@@ -1,7 +1,6 @@
 """Order of instructions: what it costs, by the cycle model and by what the program does."""
 from collections import Counter
 
-import numpy as np
 import pytest
 
 from golden.cycles import predict, program_words
@@ -24,7 +23,8 @@ def _program(lowered, config):
     return words, [decode(w) for w in words]
 
 
-@pytest.mark.parametrize("patterns, ideal, most", [(["1:4"], 2304, 2700), (["4:8", "1:8"], 5888, 6400), (["8:8"], 9216, 9700)])
+@pytest.mark.parametrize("patterns, ideal, most", [(["1:4"], 2304, 2700), (["4:8", "1:8"], 5888, 6400),
+                                                   (["8:8"], 9216, 9700)])
 def test_cycles_of_the_target_layer(rng, patterns, ideal, most):
     config = load("nm256")
     lowered = lower(_target(rng, patterns), config)
@@ -37,10 +37,12 @@ def test_first_instructions(rng):
     """Step table, one weight tile, padding, the first strip's first rows, EXECUTE; parameters only later."""
     config = load("nm256")
     _, code = _program(lower(_target(rng, ["1:4"]), config), config)
-    assert [op.name for op, _ in code[:7]] == ["HEADER", "LOAD_LINEAR", "LOAD_LINEAR", "FILL", "FILL", "LOAD_TILE", "EXECUTE"]
+    assert [op.name for op, _ in code[:7]] == ["HEADER", "LOAD_LINEAR", "LOAD_LINEAR", "FILL", "FILL", "LOAD_TILE",
+                                               "EXECUTE"]
     assert [code[1][1]["target"], code[2][1]["target"]] == [LinearTarget.STEP, LinearTarget.WEIGHT]
     assert code[2][1]["beats"] == 22 and code[5][1]["rows"] == 3 and code[6][1]["steps"] == 1
-    parameters = [n for n, (op, f) in enumerate(code) if op == Opcode.LOAD_LINEAR and f["target"] == LinearTarget.PARAMETER]
+    parameters = [n for n, (op, f) in enumerate(code)
+                  if op == Opcode.LOAD_LINEAR and f["target"] == LinearTarget.PARAMETER]
     assert len(parameters) == 1 and parameters[0] > max(n for n, (op, _) in enumerate(code) if op == Opcode.LOAD_TILE)
     assert [op.name for op, _ in code[-2:]] == ["BARRIER", "END"]
 
@@ -55,7 +57,8 @@ def test_everything_is_loaded_once_where_it_fits(rng):
             beats[f["target"]] += f["beats"]
         if op == Opcode.LOAD_TILE and f["target"] == TileTarget.ACTIVATION:
             beats["tile"] += f["planes"] * f["rows"] * f["cols"]
-    assert beats == {LinearTarget.WEIGHT: 4 * 9 * 22, LinearTarget.STEP: 9, LinearTarget.PARAMETER: 4 * 8, "tile": 4 * 64}
+    assert beats == {LinearTarget.WEIGHT: 4 * 9 * 22, LinearTarget.STEP: 9, LinearTarget.PARAMETER: 4 * 8,
+                     "tile": 4 * 64}
 
 
 def test_next_weights_are_requested_before_the_group_ends(rng):

@@ -29,15 +29,14 @@ def test_grouped_convolution_reads_its_own_channels(rng):
 
 
 def test_expanded_weights_hold_every_element_once(rng):
-    layer, _ = convolution(rng, size=(8, 8), channels=15, outputs=10, groups=5, kernel=(1, 2))
-    job, sizes = _job(rng, TINY, channels=15, outputs=10, groups=5, kernel=(1, 2))
-    weights, flat = job.parts[0].weights, layer.terms[0].values
+    job, _ = _job(rng, TINY, channels=15, outputs=10, groups=5, kernel=(1, 2))
+    weights = job.parts[0].weights
     total = 0
     for k in range(10):
-        group = weights[k // 4, k % 4].reshape(2, -1)
+        own = weights[k // 4, k % 4].reshape(2, -1)
         begin = k // 2 * 3 - job.starts[k // 4] * 4
-        total += np.count_nonzero(group[:, begin:begin + 3])
-    assert total == np.count_nonzero(weights) and weights.shape == (3, 4, 2, job.span, 4) and flat.shape == (10, 1, 2, 3)
+        total += np.count_nonzero(own[:, begin:begin + 3])
+    assert total == np.count_nonzero(weights) > 50 and weights.shape == (3, 4, 2, job.span, 4)
 
 
 def test_parameters(rng):
@@ -55,8 +54,8 @@ def test_parameters(rng):
 def test_pattern_that_the_block_does_not_hold(rng):
     for pattern in ("2:3", "4:8"):
         made = convolution(rng, size=(4, 4), channels=8, outputs=4, patterns=[pattern])
-        with pytest.raises(InputError, match=rf"layer conv must have a pattern whose M divides 4 \(block of configuration "
-                                             rf"tiny\), not '{pattern}'"):
+        with pytest.raises(InputError, match=rf"layer conv must have a pattern whose M divides 4 \(block of "
+                                             rf"configuration tiny\), not '{pattern}'"):
             _lower(*made)
 
 

@@ -7,7 +7,8 @@ from spec.errors import InputError
 
 
 def _placement(**changes):
-    fields = dict(name="t", offset=64, images=2, planes=2, height=3, width=5, channels=6, unit_bytes=4, zero_point=-7)
+    fields = {"name": "t", "offset": 64, "images": 2, "planes": 2, "height": 3, "width": 5, "channels": 6,
+              "unit_bytes": 4, "zero_point": -7}
     return Placement(**fields | changes)
 
 

@@ -68,14 +68,15 @@ def test_network_of_many_kinds(rng):
         tensors.append(made[1])
 
     append(convolution(rng, "c1", size=size, channels=3, outputs=12, pads=(1, 1, 1, 1), target="a"))
-    append(pool(rng, "p1", size=size, channels=12, kind="max", window=(3, 3), stride=(2, 2), pads=(1, 1, 1, 1), source="a",
-                target="b"))
+    append(pool(rng, "p1", size=size, channels=12, kind="max", window=(3, 3), stride=(2, 2), pads=(1, 1, 1, 1),
+                source="a", target="b"))
     append(convolution(rng, "c2", size=(5, 4), channels=12, outputs=12, kernel=(3, 3), pads=(1, 1, 1, 1), groups=3,
                        patterns=["2:4", "1:4"], source="b", target="r"))
     append(convolution(rng, "c3", size=(5, 4), channels=12, outputs=12, kernel=(1, 1), patterns=["1:4"], source="r",
                        target="d", residual=True))
     append(add(rng, "a1", size=(5, 4), channels=12, source="d", target="e"))
-    append(pool(rng, "p2", size=(5, 4), channels=12, kind="average", window=(5, 4), stride=(1, 1), source="e", target="f"))
+    append(pool(rng, "p2", size=(5, 4), channels=12, kind="average", window=(5, 4), stride=(1, 1), source="e",
+                target="f"))
     append(convolution(rng, "fc", size=(1, 1), channels=12, outputs=10, kernel=(1, 1), source="f", target="g"))
     every = {t.name: t for t in [tensor("x", *size, 3), *tensors]}
     net = Network(name="kinds", input="x", output="g", tensors=every, layers=tuple(layers))
@@ -116,6 +117,15 @@ def test_bad_batch(rng, batch):
     net, _ = random_network(rng, 4)
     with pytest.raises(InputError, match=r"batch must be an integer in 1\.\.1024"):
         lower(net, load("tiny"), batch=batch)
+
+
+def test_sizes_beyond_the_instruction_set(rng):
+    layer, out = convolution(rng, size=(1, 1 << 20), channels=1, outputs=1, kernel=(1, 1))
+    with pytest.raises(InputError, match="tensor x must be narrower than 2"):
+        lower(network((1, 1 << 20), 1, [layer], [out]), load("tiny"))
+    layer, out = convolution(rng, size=(16000, 16000), channels=64, outputs=1, kernel=(1, 1))
+    with pytest.raises(InputError, match="bus.address_bits must address all tensors"):
+        lower(network((16000, 16000), 64, [layer], [out]), load("nm256"))
 
 
 def test_unknown_layer_and_tensor(rng):

@@ -13,8 +13,8 @@ def program():
 
 
 def _load(program, first, beats):
-    program.emit(Opcode.LOAD_LINEAR, writes=[("weight", first, beats)], target=LinearTarget.WEIGHT, address=0, beats=beats,
-                 base=first)
+    program.emit(Opcode.LOAD_LINEAR, writes=[("weight", first, beats)], target=LinearTarget.WEIGHT, address=0,
+                 beats=beats, base=first)
 
 
 def _execute(program, first, beats):

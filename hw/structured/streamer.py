@@ -100,7 +100,7 @@ class Streamer(wiring.Component):
                          enable[j].eq(step.entry.enable[j] & (j < (Const(1) << step.entry.segments_log2)))]
 
         # L, the blocks per segment, as a mask of the address bits inside a segment
-        inside = Signal(banks_log2)
+        inside = Signal(max(banks_log2, 1))     # Verilog has no signal without bits
         with m.Switch(Cat(n1, segments1)):
             for p in s.patterns:
                 blocks = sizes.fetch_blocks(p.n)
@@ -127,7 +127,7 @@ class Streamer(wiring.Component):
                     m.d.comb += self.read_row[b].eq(segment[j][banks_log2:])
 
         # -- stage 2: banks to positions ----------------------------------------------------------------------------
-        start = [Signal(banks_log2, name=f"start{j}", reset_less=True) for j in range(taps)]
+        start = [Signal(max(banks_log2, 1), name=f"start{j}", reset_less=True) for j in range(taps)]
         n2, segments2 = Signal(3), Signal(2)
         m.d.sync += [
             self.valid.eq(valid1), self.swap.eq(swap1), self.pixel.eq(pixel1), n2.eq(n1), segments2.eq(segments1),

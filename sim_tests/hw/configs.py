@@ -28,11 +28,11 @@ CONFIGS = {
                                            taps=4, accumulator_bits=20),
         memory=MemoryConfig(activation_bytes=2048, weight_bytes=1024, residual_bytes=256, step_entries=32,
                             parameter_groups=4)),
-    # a port narrower than 1:8 asks for; channel groups of two blocks; operands narrower than a byte
+    # a port narrower than 1:8 asks for; operands narrower than a byte
     "narrow": replace(
-        _bus(TINY, 128), structured=replace(TINY.structured, columns=16, slots=16, block=8, patterns=_patterns(8, 1, 4, 8),
+        _bus(TINY, 64), structured=replace(TINY.structured, columns=8, slots=16, block=8, patterns=_patterns(8, 1, 4, 8),
                                             taps=4, stream_blocks=4, activation_bits=7, weight_bits=5),
-        memory=MemoryConfig(activation_bytes=4096, weight_bytes=2048, residual_bytes=256, step_entries=32,
+        memory=MemoryConfig(activation_bytes=4096, weight_bytes=1024, residual_bytes=256, step_entries=32,
                             parameter_groups=4)),
     # channel groups wider than the stream: four banks though one fetch has one block
     "groups": replace(TINY, structured=replace(TINY.structured, columns=16, slots=4, patterns=_patterns(4, 4)),

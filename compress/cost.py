@@ -28,17 +28,25 @@ def parts(n, supported):
 
 
 def fetches(sizes, n, taps, depth):
-    """Array steps of one pixel for one term.
+    """Fewest array steps of one pixel for one term, with no block known to be empty and no bank conflict.
 
     Args: sizes: Sizes; n: of the pattern n:block; taps: kernel_h * kernel_w; depth: input channels per group.
-    A fetch covers ``fetch_blocks(n)`` blocks. Deep layers use several fetches per tap; where a tap is smaller than a
-    fetch, up to ``config.structured.taps`` taps share one.
+    A step fetches ``Q = fetch_blocks(n)`` blocks as Q / L segments of L consecutive blocks, from at most
+    ``config.structured.taps`` addresses; L is a power of two that divides the blocks of a pixel (channels padded to
+    columns). Steps are ``ceil(taps * ceil(blocks / L) / (Q / L))`` for the best L. A narrow layer that offers no L for
+    this pattern runs as a wider one.
     """
-    blocks, capacity = ceil_div(depth, sizes.config.structured.block), sizes.fetch_blocks(n)
-    if blocks >= capacity:
-        return taps * ceil_div(blocks, capacity)
-    shared = min(sizes.config.structured.taps, capacity // blocks)
-    return ceil_div(taps, shared)
+    array = sizes.config.structured
+    blocks = ceil_div(depth, array.block)
+    stored = ceil_div(depth, array.columns) * sizes.group_blocks
+    best = taps * ceil_div(blocks, sizes.fetch_blocks(array.block))
+    for wider in (p.n for p in array.patterns if p.n >= n):
+        capacity, length = sizes.fetch_blocks(wider), 1
+        while length <= capacity:
+            if stored % length == 0 and capacity // length <= array.taps:
+                best = min(best, ceil_div(taps * ceil_div(blocks, length), capacity // length))
+            length *= 2
+    return best
 
 
 def layer_cycles(node, shape, patterns, config):

@@ -79,7 +79,7 @@ def load(path):
     path = Path(path)
     data = read_regular_file(path, max_bytes=MAX_FILE_BYTES)
     try:
-        return parse(data, name=_identifier(path.stem, set(), "network"))
+        return parse(data, name=_identifier(path.stem, {}, "network"))
     except InputError as error:
         raise error.within(path) from None
 
@@ -97,13 +97,14 @@ def parse(data, *, name="network"):
 
 
 def _identifier(text, taken, fallback):
-    """A short name of letters, digits and _ that is not in ``taken``; adds it there."""
+    """A short name of letters, digits and _ that is not in ``taken`` (name -> next suffix to try); adds it there."""
     base = re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_")[:48] or fallback
-    name, n = base, 1
-    while name in taken:
-        n += 1
-        name = f"{base}_{n}"
-    taken.add(name)
+    name, suffix = base, taken.get(base, 1)
+    while name in taken:                    # the remembered suffix keeps many equal names linear
+        suffix += 1
+        name = f"{base}_{suffix}"
+    taken[base] = suffix
+    taken.setdefault(name, 1)
     return name
 
 
@@ -170,7 +171,7 @@ class _Importer:
         self.model, self.graph, self.name, self.digest = model, model.graph, name, digest
         self.constants, self.arrays = {}, {}
         self.values, self.shapes, self.items, self.notes = {}, {}, [], []
-        self.layer_names, self.tensor_names = set(), set()
+        self.layer_names, self.tensor_names = {}, {}
         self.softmax = None
 
     # -- the whole -----------------------------------------------------------------------------------------------

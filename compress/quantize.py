@@ -23,7 +23,7 @@ _BINS = 4096
 _LARGEST_RATIO = 3.999
 #: Biases keep two bits of room for the folded zero point and the accumulator.
 _LARGEST_BIAS = 1 << 29
-#: Activation elements that the error metrics keep at once.
+#: Activation elements kept at once, in calibration and for the error metrics.
 _SAMPLE_ELEMENTS = 1 << 25
 #: A range whose sides differ by less than this is taken as symmetric (zero point 0).
 _SYMMETRIC = 0.9
@@ -61,6 +61,8 @@ def ranges(graph, x, *, observer="minmax", percentile=99.99, batch=32, progress=
         raise InputError("must have at least one sample", field="calibration")
     if not np.isfinite(x).all():
         raise InputError("must be finite (NaN or infinity found)", field="calibration")
+    elements = sum(int(np.prod(s)) for s in graph.shapes.values())
+    batch = int(np.clip(_SAMPLE_ELEMENTS // elements, 1, batch))
     passes = 1 if observer == "minmax" else 2
     found, histograms = {}, {}
     for number in range(passes):

@@ -1,9 +1,13 @@
 """Padded cycle counts: hand-counted cases, and the paper's layers."""
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from compress import cost
+from compress import cost, flow, onnx_import
 from compress.graph import Conv
+from lowering.lower import lower
 from spec import config as configs
 from spec.config import Pattern
 from spec.derive import Sizes
@@ -39,7 +43,6 @@ def test_narrow_layers_share_a_fetch_between_taps():
 
 
 def test_narrow_stream_port_slows_sparse_patterns():
-    from dataclasses import replace
     narrow = replace(NM256, structured=replace(NM256.structured, stream_blocks=4))
     layer = conv(16, (1, 1), 128)
     cycles = [cost.layer_cycles(layer, (1, 1, 16), [Pattern(n, 8)], narrow) for n in (1, 2, 4, 8)]
@@ -52,7 +55,8 @@ def test_resnet_layer_of_the_paper():
 
 
 @pytest.mark.parametrize("n,supported,expected", [(7, [1, 2, 4, 8], (4, 2, 1)), (5, [1, 2, 4], (4, 1)),
-                                                  (3, [1], (1,) * 3), (3, [2, 4], None), (6, [2, 4], (4, 2)), (8, [1, 8], (8,))])
+                                                  (3, [1], (1,) * 3), (3, [2, 4], None), (6, [2, 4], (4, 2)),
+                                                  (8, [1, 8], (8,))])
 def test_parts(n, supported, expected):
     assert cost.parts(n, supported) == expected
 
@@ -68,9 +72,21 @@ def test_series_never_costs_less_than_one_of_its_terms():
 def test_refusals():
     with pytest.raises(InputError, match=r"must have M that divides the block \(8\)"):
         cost.layer_cycles(conv(16, (1, 1), 64), (1, 1, 16), [Pattern(2, 16)], NM256)
-    from dataclasses import replace
     coarse = replace(NM256, structured=replace(NM256.structured, patterns=(Pattern(4, 8), Pattern(8, 8))))
     with pytest.raises(InputError, match="must be a sum of 4:8, 8:8, not '2:8'"):
         cost.layer_cycles(conv(16, (1, 1), 64), (1, 1, 16), [Pattern(2, 8)], coarse)
     with pytest.raises(TypeError, match="config must be a Config"):
         cost.layer_cycles(conv(16, (1, 1), 64), (1, 1, 16), (), "nm256")
+
+
+@pytest.mark.parametrize("method", ["dense", "nm:2:4", "nm:2:8", "tasd:4:8+1:8"])
+def test_counts_equal_the_steps_of_lowered_programs(method):
+    """Where no block is empty and no bank conflicts, lowering needs exactly these steps per pixel and column group."""
+    model = Path(__file__).resolve().parents[2] / "models" / "digits.onnx"
+    network = flow.compress_model(model, method, calibration="demo:calibration")
+    steps = {info.name: info.steps for info in lower(network, NM256).layers}
+    layers = {v.name: v for v in network.layers}
+    for node in onnx_import.load(model).convolutions:
+        series = [t.pattern for t in layers[node.name].terms if not t.dense]
+        groups = -(-layers[node.name].outputs // NM256.structured.columns)
+        assert cost.layer_cycles(node, (1, 1, 1), series, NM256) == groups * steps[node.name], node.name

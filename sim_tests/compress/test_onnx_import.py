@@ -279,3 +279,26 @@ def test_header_byte_flips_never_escape():
                 refused += 1
                 assert "\n" not in str(error)
     assert refused > 100
+
+
+def test_many_equal_names_stay_fast_and_become_unique():
+    rng = np.random.default_rng(10)
+    b = Builder((2, 3, 3))
+    x = "x"
+    for n in range(3000):
+        x = b.node("Relu" if n else "Conv", x, *([] if n else [rng.normal(0, 1, (2, 2, 1, 1))]))
+    model = b.model(b.node("Add", x, "x"), check=False)
+    for node in model.graph.node:
+        node.name = "same"
+    graph = onnx_import.parse(model.SerializeToString())
+    assert len({n.name for n in graph.nodes}) == len(graph.nodes)
+
+
+def test_names_become_legal():
+    rng = np.random.default_rng(11)
+    b = Builder((2, 3, 3))
+    model = b.model(b.conv(rng, b.conv(rng, "x", 2, 2, 1), 2, 2, 1))
+    for node, name in zip(model.graph.node, ("/a/b:0", "/a/b/0")):
+        node.name = name
+    graph = onnx_import.parse(model.SerializeToString(), name="n")
+    assert [n.name for n in graph.nodes] == ["a_b_0", "a_b_0_2"]

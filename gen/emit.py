@@ -79,7 +79,7 @@ def to_verilog(component, name):
         gc.collect()    # UnusedElaboratable comes from __del__
     if caught:
         raise ValueError(f"Elaboration of {name} must not warn, not: {caught[0].message}")
-    names = re.findall(r"^module (\S+)", "".join([*shared.values(), *texts]), re.MULTILINE)
+    names = re.findall(r"^module (\\\S+|\w+)", "".join([*shared.values(), *texts]), re.MULTILINE)
     if len(names) != len(set(names)):
         twice = next(n for n in names if names.count(n) > 1)
         raise ValueError(f"Verilog module names must be unique, not {twice!r} twice")

@@ -12,6 +12,7 @@ WAIVERS = {
     "WIDTHEXPAND": "Amaranth computes with exact widths and leaves the zero or sign extension to Verilog's rules",
     "WIDTHTRUNC": "Amaranth cuts by assignment, as Verilog does; the RTL's own widths come from spec.derive",
     "PROCASSINIT": "registers carry their initial value at the declaration, beside their reset",
+    "VARHIDDEN": "a memory is named after what it holds, as is the array inside the shared memory module",
     "CASEINCOMPLETE": "Amaranth assigns the value of the missing cases before the case statement",
 }
 

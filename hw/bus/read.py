@@ -93,9 +93,10 @@ class ReadMaster(wiring.Component):
 
         # --- what is expected, per ID in order; entered with the AR handshake, so that a beat before it is an error ---
         expected_layout = data.StructLayout({"length": 8, "beat_address": bus.address_bits - shift})
+        depth = max(2, bus.outstanding_reads)  # a queue of one would have pointers without bits, which Verilog lacks
         queues, heads = [], []
         for number, name in enumerate(CLIENTS):
-            m.submodules[f"expect_{name}"] = queue = SyncFIFO(width=expected_layout.size, depth=bus.outstanding_reads)
+            m.submodules[f"expect_{name}"] = queue = SyncFIFO(width=expected_layout.size, depth=depth)
             entry = Signal(expected_layout, name=f"entry_{name}")
             m.d.comb += [entry.length.eq(axi.arlen), entry.beat_address.eq(axi.araddr[shift:]),
                          queue.w_data.eq(entry), queue.w_en.eq(axi.arvalid & axi.arready & (axi.arid == number))]

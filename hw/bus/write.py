@@ -64,14 +64,15 @@ class WriteMaster(wiring.Component):
 
         # Two queues per issued burst: the beats it still needs, and what its acknowledgement means.
         pending_layout = data.StructLayout({"final": 1, "beat_address": bus.address_bits - shift})
-        m.submodules.lengths = lengths = SyncFIFO(width=8, depth=bus.outstanding_writes)
-        m.submodules.pending = pending = SyncFIFO(width=pending_layout.size, depth=bus.outstanding_writes)
+        depth = max(2, bus.outstanding_writes)  # a queue of one would have pointers without bits, which Verilog lacks
+        m.submodules.lengths = lengths = SyncFIFO(width=8, depth=depth)
+        m.submodules.pending = pending = SyncFIFO(width=pending_layout.size, depth=depth)
         entry, head = Signal(pending_layout), Signal(pending_layout)
 
         # --- AW ---
         issue = Signal()
         m.d.comb += [
-            split.burst.ready.eq((~axi.awvalid | axi.awready) & pending.w_rdy & lengths.w_rdy),
+            split.burst.ready.eq((~axi.awvalid | axi.awready) & (pending.level != bus.outstanding_writes)),
             issue.eq(split.burst.valid & split.burst.ready),
             entry.final.eq(split.burst.p.final), entry.beat_address.eq(split.burst.p.address[shift:]),
             pending.w_data.eq(entry), pending.w_en.eq(issue),

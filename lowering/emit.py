@@ -20,6 +20,8 @@ MAX_TILE_COLS, MAX_TILE_ROWS, MAX_TILE_PLANES = 16383, 4095, 1023
 MAX_BEATS = MAX_FILL = MAX_ADDRESS = 65535
 #: Steps of the first EXECUTE of a layer; each further one takes twice as many, until all weights are on chip.
 FIRST_STEPS = 1
+#: Weights that are streamed are cut so finely that so many pieces fit in the buffer.
+STREAM_PARTS = 4
 #: Beats of weights loaded while the layer before still runs.
 PRELOAD_BEATS = 256
 
@@ -170,8 +172,7 @@ class LayerEmitter:
             total_steps += len(steps)
         # A table that does not fit is streamed, and leaves room for its next piece.
         most_steps = self.step_entries if total_steps <= self.step_entries else self.step_entries // 2
-        # Weights that are streamed leave room for the next piece.
-        most_beats = self.max_weight_beats // 2
+        most_beats = self._most_beats(drafts)
         for number, chunk, steps, tiles, hold in drafts:
             offsets = reduction.tap_offsets(chunk, plan.pitch, plan.cb)
             begin = 0
@@ -198,6 +199,22 @@ class LayerEmitter:
         self.table_base = source
         self.parameter_source = self.constants.add(pack_parameters(job, sizes))
         self.steps_total = table.shape[0]
+
+    def _most_beats(self, drafts):
+        """Beats of weights that one piece may have.
+
+        Weights that do not stay on chip are streamed: equal pieces, at least `STREAM_PARTS` of which fit in the buffer,
+        so that the next ones load while one is at work (a long and a short piece by turns would wait for each other).
+        """
+        group = sum(0 if kept else tile.shape[1] // self.sizes.beat_bytes
+                    for _, _, _, tiles, hold in drafts for tile, kept in zip(tiles, hold))
+        groups = 1 if drafts[0][3][0].shape[0] == 1 else self.job.output.planes
+        if group * groups <= self.max_weight_beats:
+            return self.max_weight_beats
+        most = max(self.max_weight_beats // STREAM_PARTS, 1)
+        # the last tile of a piece may pass the even share, but not the limit
+        widest = max(tile.shape[1] // self.sizes.beat_bytes for _, _, _, tiles, _ in drafts for tile in tiles)
+        return min(ceil_div(group, ceil_div(group, most)) + widest - 1, most)
 
     def _add_piece(self, number, chunk, steps, tiles, hold, offsets, weight_at, blobs, tables):
         beat, plan = self.sizes.beat_bytes, self.plan

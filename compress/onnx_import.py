@@ -277,9 +277,9 @@ class _Importer:
             array = np.array(getattr(tensor, _TYPED[tensor.data_type]), dtype)
         array = array.reshape(tuple(tensor.dims))
         if dtype.kind == "f":
-            array = array.astype(np.float64)
-            if not np.isfinite(array).all():
+            if not np.isfinite(array).all():            # before the cast: a signalling NaN warns there
                 raise InputError(f"initializer {name!r} must be finite (NaN or infinity found)", field=where)
+            array = array.astype(np.float64)
             if array.size and np.abs(array).max() > MAX_WEIGHT:
                 raise InputError(f"initializer {name!r} must not exceed {MAX_WEIGHT:g} in magnitude", field=where,
                                  value=float(np.abs(array).max()))

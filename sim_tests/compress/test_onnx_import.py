@@ -7,6 +7,7 @@ import pytest
 
 from compress import graph as graphs
 from compress import onnx_import
+from sim_tests.compress.networks import every_layer_kind
 from sim_tests.compress.onnx_models import Builder, random_model
 from spec.errors import InputError
 
@@ -302,3 +303,43 @@ def test_names_become_legal():
         node.name = name
     graph = onnx_import.parse(model.SerializeToString(), name="n")
     assert [n.name for n in graph.nodes] == ["a_b_0", "a_b_0_2"]
+
+
+def mutate(data, rng):
+    """A few random edits: a flipped bit, another byte, a lost byte, a repeated stretch."""
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 4)):
+        at = int(rng.integers(len(data)))
+        kind = rng.integers(4)
+        if kind == 0:
+            data[at] ^= 1 << int(rng.integers(8))
+        elif kind == 1:
+            data[at] = int(rng.integers(256))
+        elif kind == 2:
+            del data[at]
+        else:
+            data[at:at] = data[max(0, at - int(rng.integers(1, 30))):at]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_random_edits_never_escape(part):
+    rng = np.random.default_rng([33, part])
+    data, refused = every_layer_kind(rng).SerializeToString(), 0
+    for _ in range(250):
+        try:
+            onnx_import.parse(mutate(data, rng))
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 60
+
+
+def test_signalling_nan_is_refused():
+    def change(model):
+        raw = bytearray(model.graph.initializer[0].raw_data)
+        raw[:4] = bytes([1, 0, 0x80, 0x7F])
+        model.graph.initializer[0].raw_data = bytes(raw)
+
+    with pytest.raises(InputError, match="must be finite"):
+        onnx_import.parse(mutated(change).SerializeToString())

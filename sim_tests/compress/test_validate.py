@@ -32,6 +32,8 @@ def test_good_network_passes():
     (replace(NETWORK, layers=()), "must have 1..65536 layers, not 0"),
     (replace(NETWORK, input="nowhere"), "network.input must be one of the tensors"),
     (with_layer(0, terms=()), "must have 1..8 terms"),
+    (with_layer(1, output=NETWORK.layers[0].output), "must not be made twice"),
+    (with_layer(1, name=NETWORK.layers[0].name), "must not be repeated"),
     (with_layer(0, stride=(0, 1)), "stride must be an integer in 1.."),
     (with_layer(0, pads=(1, 1, 1)), "pads must be 4 integers"),
     (with_layer(0, weight_scale=np.ones(3)), "weight_scale must be float64 of shape (8,)"),
@@ -41,7 +43,7 @@ def test_good_network_passes():
     (with_requantization(0, low=4, high=-4), "low must be at most high (-4), not 4"),
     (with_requantization(0, zero_point=300), "zero_point must be an integer in -128..127, not 300"),
     (with_requantization(0, residual_zero_point=1), "must be 0 (it has no residual)"),
-], ids=range(13))
+], ids=range(15))
 def test_broken_network(network, text):
     with pytest.raises(InputError) as caught:
         validate.network(network)

@@ -119,9 +119,10 @@ class LoadUnit(wiring.Component):
         self._address_busy = ~fsm.ongoing("TAKE")
 
     def _merged(self, word):
-        """Whether the rows of a tile follow one another in memory."""
+        """Whether the rows of a tile follow one another in memory, and are few enough for the beats of one request."""
         tile = self._views(word)[Opcode.LOAD_TILE]
-        return (word[:4] == Opcode.LOAD_TILE) & (tile.row_stride == tile.cols)
+        few = ~(tile.rows[6:].any() & tile.cols[8:].any())      # 63 * 16383 and 4095 * 255 are below 2**20
+        return (word[:4] == Opcode.LOAD_TILE) & (tile.row_stride == tile.cols) & few
 
     def _build_write_half(self, m, pending):
         config, s, sizes = self._config, self._config.structured, Sizes(self._config)

@@ -43,7 +43,7 @@ struct Options {
   std::string memory, dump, waves;
   uint64_t base = 0x10000000, bytes = 0, program = 0, seed = 1, limit = 1000000000ull;
   uint64_t watchdog = 0;
-  bool set_watchdog = false;
+  bool set_watchdog = false, profile = false;
   unsigned count = 0, latency = 16, write_latency = 16;
   double stall = 0;
   // Bursts that touch this memory offset answer SLVERR; all ones: none.
@@ -234,8 +234,8 @@ class Bench {
   }
 
   void report(bool finished) {
-    std::printf("{\"finished\": %s, \"cycles\": %llu, \"wall_seconds\": %.6f, \"simulated_cycles\": %llu,\n",
-                finished ? "true" : "false", ull(irq_cycle_ ? irq_cycle_ - start_cycle_ : 0), wall_, ull(simulated_));
+    std::printf("{\"finished\": %s, \"cycles\": %llu, \"wall_seconds\": %.6f, \"eval_seconds\": %.6f,\n \"simulated_cycles\": %llu,\n",
+                finished ? "true" : "false", ull(irq_cycle_ ? irq_cycle_ - start_cycle_ : 0), wall_, eval_, ull(simulated_));
     std::printf(" \"read_beats\": %llu, \"write_beats\": %llu, \"protocol_violations\": %llu, \"protocol\": \"%s\",\n",
                 ull(read_beats_), ull(write_beats_), ull(violations_), protocol_.c_str());
     std::printf(" \"registers\": {");
@@ -411,11 +411,22 @@ class Bench {
     }
   }
 
+  // The design alone; with --profile its time is taken, which is what a bare loop around it would need.
+  void evaluate() {
+    if (!options_.profile) {
+      dut_->eval();
+      return;
+    }
+    const auto begin = std::chrono::steady_clock::now();
+    dut_->eval();
+    if (measuring_) eval_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  }
+
   // One whole clock cycle.
   void tick() {
     drive_memory();
     dut_->clk = 0;
-    dut_->eval();
+    evaluate();
     record(2 * cycle_);
     lite_ = {LITE(awvalid) && LITE(awready), LITE(wvalid) && LITE(wready), LITE(bvalid) && LITE(bready),
              LITE(arvalid) && LITE(arready), LITE(rvalid) && LITE(rready), LITE(bresp), LITE(rresp), LITE(rdata)};
@@ -431,7 +442,7 @@ class Bench {
       if (dut_->irq && !irq_cycle_) irq_cycle_ = cycle_;
     }
     dut_->clk = 1;
-    dut_->eval();
+    evaluate();
     record(2 * cycle_ + 1);
     if (taken_r_) AXI(rvalid) = 0;
     if (taken_b_) AXI(bvalid) = 0;
@@ -466,7 +477,7 @@ class Bench {
   bool taken_r_ = false, taken_b_ = false, measuring_ = false, held_ = false;
   Lite lite_{};
   uint64_t cycle_ = 1, start_cycle_ = 0, irq_cycle_ = 0, read_beats_ = 0, write_beats_ = 0, violations_ = 0, simulated_ = 0;
-  double wall_ = 0;
+  double wall_ = 0, eval_ = 0;
   std::string protocol_;
   Watcher watch_ar_{"AR"}, watch_aw_{"AW"}, watch_w_{"W"};
   Mark since_{};
@@ -492,6 +503,7 @@ Options parse(int argc, char** argv) {
     else if (key == "--stall") o.stall = std::strtod(value, nullptr);
     else if (key == "--seed") o.seed = integer();
     else if (key == "--limit") o.limit = integer();
+    else if (key == "--profile") o.profile = integer() != 0;
     else if (key == "--error-offset") o.error_offset = integer();
     else fail("unknown option " + key);
   }

@@ -35,6 +35,8 @@ class Run:
     write_beats: int
     protocol: str
     wall_seconds: float
+    #: Time in the design alone; 0 unless profiled.
+    eval_seconds: float
     simulated_cycles: int
 
     @property
@@ -56,7 +58,8 @@ class Run:
 
 
 def simulate(simulator, memory, *, program, count, latency=16, write_latency=None, stall=0.0, seed=1, waves=None,
-             limit=CYCLE_LIMIT, error_offset=None, watchdog=None, progress=None):
+             limit=CYCLE_LIMIT, error_offset=None, watchdog=None, profile=False,
+             progress=None):
     """Run ``count`` instructions at byte ``program`` of ``memory`` on a built ``simulator``.
 
     Args:
@@ -67,6 +70,7 @@ def simulate(simulator, memory, *, program, count, latency=16, write_latency=Non
         waves: FST file to write; the simulator must have been built with waves.
         error_offset: bursts that touch this byte answer SLVERR.
         watchdog: value of the watchdog register; unset: the configuration's.
+        profile: measure ``eval_seconds``.
         progress: called with (cycles so far, last mark).
     Raises: InputError for arguments out of range; SimulationError if the harness itself fails.
     """
@@ -83,6 +87,7 @@ def simulate(simulator, memory, *, program, count, latency=16, write_latency=Non
         options |= {"waves": Path(waves).resolve()} if waves else {}
         options |= {"error-offset": error_offset} if error_offset is not None else {}
         options |= {"watchdog": watchdog} if watchdog is not None else {}
+        options |= {"profile": 1} if profile else {}
         command = [str(simulator), *(word for key, value in options.items() for word in (f"--{key}", str(value)))]
         words = []
         with open(Path(folder, "out"), "w") as out, \
@@ -103,5 +108,5 @@ def simulate(simulator, memory, *, program, count, latency=16, write_latency=Non
         out = json.loads(Path(folder, "out").read_text())
         after = np.frombuffer(dump.read_bytes(), dtype=np.uint8)
     names = ("finished", "cycles", "registers", "marks", "read_beats", "write_beats", "protocol", "wall_seconds",
-             "simulated_cycles")
+             "eval_seconds", "simulated_cycles")
     return Run(memory=after, **{name: out[name] for name in names})

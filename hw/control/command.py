@@ -66,7 +66,8 @@ class CommandProcessor(wiring.Component):
 
     Instructions are requested `control.fetch_depth` ahead, in half-queue requests, checked one cycle after they
     arrive, and queued before their unit (`control.queue_depth` each). BARRIER and END wait until every unit is idle
-    and memory has acknowledged every write.
+    and memory has acknowledged every write; END also until the instructions requested beyond it have come and are
+    thrown away.
 
     ``mark_valid`` pulses with ``mark_number`` as a BARRIER passes; ``mark`` keeps the last one.
     ``start`` begins at ``program`` (byte offset) with ``count`` instructions; ``done`` pulses at END.
@@ -132,9 +133,10 @@ class CommandProcessor(wiring.Component):
         at = Signal(40)                         # offset of the instruction in `word`
         left = Signal(32)                       # instructions from it on
         leave = Signal()
-        m.d.comb += [check.word.eq(fetched.o.payload), fetched.o.ready.eq(~held & self.running & ~error.valid),
+        ending = Signal()                       # END waits until what was fetched beyond it is thrown away
+        m.d.comb += [check.word.eq(fetched.o.payload), fetched.o.ready.eq((~held | ending) & self.running & ~error.valid),
                      taken.eq(fetched.o.valid & fetched.o.ready)]
-        with m.If(taken):
+        with m.If(taken & ~ending):
             m.d.sync += [word.eq(fetched.o.payload), held.eq(1), known.eq(check.known), legal.eq(check.legal)]
         with m.Elif(leave):
             m.d.sync += [held.eq(0), at.eq(at + instruction_bytes), left.eq(left - 1)]
@@ -187,13 +189,18 @@ class CommandProcessor(wiring.Component):
                                 m.d.sync += self.mark.eq(mark)
                         with m.Case(Opcode.END):
                             with m.If(empty & settled):
-                                m.d.comb += [leave.eq(1), self.done.eq(1)]
-                                m.d.sync += self.running.eq(0)
+                                with m.If((to_request == 0) & (reserved == 0)):
+                                    m.d.comb += [leave.eq(1), self.done.eq(1)]
+                                    m.d.sync += [self.running.eq(0), ending.eq(0)]
+                                with m.Else():
+                                    m.d.sync += ending.eq(1)
                         with m.Default():               # a second HEADER says the same again
                             with m.If(digest == sizes.digest_value):
                                 m.d.comb += leave.eq(1)
                             with m.Else():
                                 refuse(Error.DIGEST_MISMATCH)
+        with m.If(ending & (granted | ~self.request.valid)):
+            m.d.sync += to_request.eq(0)
         m.d.comb += [self.issued.eq(leave), self.mark_number.eq(mark)]
         with m.If(self.start & ~self.running):
             m.d.sync += [self.running.eq(1), header_seen.eq(0), to_request.eq(self.count), offset.eq(self.program),

@@ -31,7 +31,8 @@ class ReadMaster(wiring.Component):
         (address 0). A beat that is wrong in any way never reaches a client.
     ``stop``: no further AR (one that is asserted stays until taken), requests are swallowed and forgotten, R beats
         are taken and dropped; an offer to a client may be withdrawn. After a BUS_PROTOCOL error ``idle`` is the best
-        knowledge: a burst ends with RLAST or with its last expected beat, whichever is first.
+        knowledge: a burst ends with RLAST or with its last expected beat, whichever is first, and stays open if its
+        RLAST came with the wrong ID.
     Parameters: config (`spec.config.Config`).
     Members:
         load_request, fetch_request: In(stream of `hw.bus.burst.request_layout`).

@@ -146,6 +146,8 @@ async def error_answer(dut, client, where, resp, stall):
 @cocotb.parametrize(client=list(CLIENTS), kind=["early", "early_and_cut", "missing", "late"])
 async def wrong_last(dut, client, kind):
     count, _ = plan_of_three(config_of_run())
+    if count == 1 and kind.startswith("early"):
+        kind = "missing"  # nothing comes before the last beat of a burst of one
 
     def damage(beats):
         if kind == "missing":
@@ -171,7 +173,8 @@ async def wrong_id(dut, client, where):
         beats[position(where, beats)]["id"] ^= 1
         return beats
 
-    await second_burst_bad(dut, client, damage, Error.BUS_PROTOCOL, position(where, [None] * count), known=False)
+    await second_burst_bad(dut, client, damage, Error.BUS_PROTOCOL, position(where, [None] * count), known=False,
+                           idle=count > 1)  # a beat that carries RLAST to the wrong ID leaves its burst open
 
 
 @cocotb.test(timeout_time=1, timeout_unit="ms")
@@ -203,7 +206,7 @@ async def first_error_stays_and_stops(dut):
 
 
 @cocotb.test(timeout_time=5, timeout_unit="ms")
-@cocotb.parametrize(at=[0, 1, 2, 3, 4, 5, 7, 12, 30, 31, 57], pause=[0.0, 0.6], stall=[0.0, 0.6])
+@cocotb.parametrize(at=[0, 1, 2, 3, 5, 12, 31], pause=[0.0, 0.6], stall=[0.0, 0.6])
 async def stop_then_idle_then_go_on(dut, at, pause, stall):
     """No AR begins after stop, no data pass, idle comes; after stop falls, new requests work: nothing is left over."""
     config, rng = config_of_run(), np.random.default_rng(cocotb.RANDOM_SEED)

@@ -12,6 +12,7 @@ for each array. The manifest is JSON:
 
 Two saves of one network are byte-identical. There is no pickle, and no path is taken from the file.
 """
+from contextlib import suppress
 from hashlib import sha256
 import io
 import json
@@ -62,7 +63,8 @@ def save(network, path):
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, ValueError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):         # below something that is no folder, even removing fails
+            temporary.unlink()
         raise InputError(f"must be writable ({getattr(error, 'strerror', error)})", source=path) from error
     return digest
 

@@ -1,0 +1,237 @@
+"""The command line: what it does, and that every refusal is one line on stderr with status 2, never a traceback."""
+import json
+from pathlib import Path
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from scripts import summand
+from sim_tests.bench import build, cosim
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DIGITS = str(ROOT / "models" / "digits.onnx")
+
+
+def call(capsys, *args):
+    """(status, stdout, stderr) of a command."""
+    status = summand.main([str(a) for a in args])
+    out = capsys.readouterr()
+    return status, out.out, out.err
+
+
+def refused(capsys, *args):
+    """The one line with which a command is refused."""
+    status, _, err = call(capsys, *args)
+    lines = [line for line in err.splitlines() if not line.endswith(" …")]
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("summand: "), err
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    path = tmp_path_factory.mktemp("package") / "digits.summand"
+    assert summand.main(["compress", DIGITS, "--method", "tasd:2:4+1:4", "--calibration", "demo:calibration", "--out",
+                         str(path)]) == 0
+    return path
+
+
+def test_help_has_an_example_of_every_command(capsys):
+    commands = re.findall(r"^def ([a-z]\w*)\(args\)", Path(summand.__file__).read_text(), re.MULTILINE)
+    for name in commands:
+        with pytest.raises(SystemExit) as end:
+            summand.main([name, "--help"])
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        assert f"example: summand {name}" in text
+        example = re.search(r"example: summand (.*)", text)[1].split()
+        summand.parser().parse_args(example)        # the example itself is a good command line
+
+
+def test_rtl(capsys, tmp_path):
+    status, out, _ = call(capsys, "rtl", "tiny", "--out", tmp_path)
+    assert status == 0 and "summand_tiny, digest 74e7ff78f71f" in out
+    assert (tmp_path / "summand_tiny.v").exists()
+
+
+def test_compress_and_run(capsys, package, tmp_path):
+    status, out, _ = call(capsys, "run", package, "--input", "demo:heldout", "--out", tmp_path / "y.npz")
+    assert status == 0 and re.search(r"350 samples \(scikit-learn digits, split heldout\)", out)
+    assert float(re.search(r"accuracy ([\d.]+) %", out)[1]) > 90
+    with np.load(tmp_path / "y.npz") as y:
+        assert y["y"].shape == (350, 1, 1, 10)
+
+
+def test_run_onnx(capsys):
+    status, out, _ = call(capsys, "run", DIGITS, "--engine", "onnx", "--input", "demo:heldout")
+    assert status == 0 and float(re.search(r"accuracy ([\d.]+) %", out)[1]) > 90
+
+
+def test_estimate(capsys, package):
+    status, out, _ = call(capsys, "estimate", package, "--config", "tiny")
+    assert status == 0 and "block_a" in out and re.search(r"[\d,]+ bytes read", out)
+
+
+def test_cosim_end_to_end(capsys, tmp_path):
+    report, page = tmp_path / "r.json", tmp_path / "r.html"
+    status, out, _ = call(capsys, "cosim", DIGITS, "--method", "tasd:2:4+1:4", "--config", "tiny", "--input",
+                          "demo:heldout", "--images", 2, "--json", report, "--html", page)
+    assert status == 0 and "bit-exact: every element" in out
+    tree = json.loads(report.read_text())
+    assert tree["bit_exact"] and tree["accuracy"].keys() == {"samples", "float", "quantised", "compressed", "rtl"}
+    assert tree["accuracy"]["compressed"] == tree["accuracy"]["rtl"]
+    assert all(layer["sqnr_db"] > 5 for layer in tree["layers"])
+    text = page.read_text()
+    assert text.startswith("<!doctype html>") and "<svg" in text and "http" not in text
+    assert all(layer["name"] in text for layer in tree["layers"])
+
+
+def test_cosim_of_a_package_layer_with_random_data(capsys, package):
+    status, out, _ = call(capsys, "cosim", package, "--config", "tiny", "--layer", "conv2", "--layer", "pool")
+    assert status == 0 and "not real data" in out and "block_a" not in out
+
+
+def test_a_mismatch_is_status_1(capsys, package, monkeypatch):
+    real = cosim.simulate
+
+    def flipped(simulator, memory, **kwargs):
+        result = real(simulator, memory, **kwargs)
+        after = result.memory.copy()
+        after[-4096:] ^= (after[-4096:] != memory[-4096:]).astype(np.uint8)     # the last tensor, where it was written
+        return cosim.replace(result, memory=after)
+    monkeypatch.setattr(cosim, "simulate", flipped)
+    status, out, _ = call(capsys, "cosim", package, "--config", "tiny", "--layer", "conv2")
+    assert status == 1 and "NOT bit-exact" in out and "first difference at image 0" in out
+
+
+def test_a_failed_run_is_status_1(capsys, package, monkeypatch):
+    def broken(*args, **kwargs):
+        raise cosim.SimulationError("no interrupt within 5 cycles")
+    monkeypatch.setattr(cosim, "simulate", broken)
+    status, _, err = call(capsys, "cosim", package, "--config", "tiny", "--layer", "conv2")
+    assert status == 1 and "summand: no interrupt within 5 cycles" in err
+
+
+def test_doctor(capsys):
+    status, out, _ = call(capsys, "doctor")
+    assert status == 0 and "verilator" in out and "all there" in out
+
+
+def test_doctor_names_what_is_missing(capsys, monkeypatch):
+    from gen import tools
+    real = tools.find
+
+    def find(name):
+        if name == "g++":
+            raise tools.ToolMissing("is needed and not found; install it", field="g++")
+        return real(name)
+    monkeypatch.setattr(tools, "find", find)
+    status, out, _ = call(capsys, "doctor")
+    assert status == 2 and "1 missing" in out
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("text", "words"), [
+    ("name: [", "must be YAML"), ("name: a\nname: b\n", "must not repeat a key, not 'name'"),
+    ("structured: {colums: 8}\n", "structured.colums is not a known field (did you mean columns?)"),
+    ("bus: {data_bits: 128 bits}\n", "must be a plain decimal integer without a unit"), ("", "must be a YAML mapping"),
+    ("structured: {columns: 3}\n", "must be a power of two in 2..64")])
+def test_malformed_configuration(capsys, tmp_path, text, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    line = refused(capsys, "rtl", path, "--out", tmp_path)
+    assert words in line and "bad.yaml" in line
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.yaml"]
+
+
+def test_unknown_preset(capsys, tmp_path):
+    assert "did you mean nm256?" in refused(capsys, "rtl", "nm25", "--out", tmp_path)
+
+
+@pytest.mark.parametrize("command", [("compress", "--method", "dense", "--out", "x"), ("run",), ("cosim",), ("estimate",)])
+def test_missing_model(capsys, tmp_path, command):
+    name, *rest = command
+    assert "gone.onnx" in refused(capsys, name, tmp_path / "gone.onnx", *rest)
+
+
+def test_truncated_model(capsys, tmp_path):
+    path = tmp_path / "cut.onnx"
+    path.write_bytes(Path(DIGITS).read_bytes()[:5000])
+    assert "cut.onnx" in refused(capsys, "compress", path, "--method", "dense", "--out", tmp_path / "p")
+
+
+def test_model_that_is_no_package(capsys, tmp_path):
+    path = tmp_path / "p.summand"
+    path.write_bytes(b"PK\x03\x04 not a package")
+    assert "p.summand" in refused(capsys, "cosim", path, "--config", "tiny")
+
+
+def test_damaged_package(capsys, package, tmp_path):
+    data = bytearray(package.read_bytes())
+    data[len(data) // 2] ^= 1
+    path = tmp_path / "p.summand"
+    path.write_bytes(data)
+    assert "p.summand" in refused(capsys, "run", path)
+
+
+def test_unknown_method(capsys, tmp_path):
+    assert "did you mean tasd?" in refused(capsys, "compress", DIGITS, "--method", "tasb:2:4", "--out", tmp_path / "p")
+
+
+def test_unknown_layer(capsys, package):
+    assert "layer must be a layer of digits" in refused(capsys, "cosim", package, "--config", "tiny", "--layer", "conv9")
+
+
+def test_method_for_a_package(capsys, package):
+    assert "--method is for ONNX files" in refused(capsys, "cosim", package, "--method", "dense")
+
+
+def test_data_of_another_shape(capsys, package, tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((2, 3, 8, 8), np.float32))
+    assert "must be [N, 1, 8, 8]" in refused(capsys, "run", package, "--input", tmp_path / "x.npy")
+
+
+def test_nan_data(capsys, package, tmp_path):
+    np.save(tmp_path / "x.npy", np.full((2, 1, 8, 8), np.nan, np.float32))
+    assert "must be finite" in refused(capsys, "run", package, "--input", tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize("words", [("--stall", "1.5"), ("--latency", "0"), ("--latency", "200000"), ("--images", "x"),
+                                   ("--bogus",)])
+def test_bad_argument(capsys, package, words):
+    assert refused(capsys, "cosim", package, "--config", "tiny", *words)
+
+
+def test_no_command(capsys):
+    assert "COMMAND" in refused(capsys)
+
+
+def test_unwritable_output(capsys, tmp_path, package):
+    (tmp_path / "file").write_text("")
+    assert "writable folder" in refused(capsys, "rtl", "tiny", "--out", tmp_path / "file" / "x")
+    assert "writable" in refused(capsys, "compress", DIGITS, "--method", "dense", "--out", tmp_path / "file" / "x")
+    assert "writable" in refused(capsys, "run", package, "--out", tmp_path / "file" / "y.npz")
+
+
+@pytest.mark.parametrize("tool", ["verilator", "g++"])
+def test_missing_tool(capsys, package, monkeypatch, tmp_path, tool):
+    from gen import tools
+    monkeypatch.setenv("SUMMAND_BUILD", str(tmp_path))
+    monkeypatch.setattr(build, "rtl", lambda config, progress=None: "module summand_tiny; endmodule\n")
+
+    def find(name):
+        if name == tool:
+            raise tools.ToolMissing(f"is needed and not found; {tools._INSTALL[name]}", field=name)
+        return name
+    monkeypatch.setattr(build, "find", find)
+    assert f"{tool} is needed and not found; " in refused(capsys, "cosim", package, "--config", "tiny")
+
+
+def test_installed_command_needs_no_folder(tmp_path):
+    """`summand` works from any folder, and with standard input closed."""
+    command = Path(sys.prefix, "bin", "summand")
+    done = subprocess.run([command, "cosim", "gone.onnx"], cwd=tmp_path, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, check=False)
+    assert done.returncode == 2 and done.stderr == "summand: gone.onnx: must be an existing ONNX file or package\n"

@@ -11,7 +11,7 @@ from sim_tests.lib.scoreboard import Scoreboard
 from sim_tests.lib.simulate import config_of_run
 from sim_tests.lib.streams import Sink, Source, exchange, start
 from spec.config import IntSpec
-from spec.derive import Sizes
+from spec.derive import FRACTION_BITS, Sizes
 from spec.formats import BIT, Field, Record, column_parameters
 
 INT8 = IntSpec(8)
@@ -42,6 +42,7 @@ def groups(config, rng, count):
         yield setting(rng, chosen, extreme=True), [([a] * columns, [r] * columns) for a, r in
                                                    zip(edges, itertools.cycle((-128, 127, 0)))]
     for n in range(count):
+        yield nearest(rng, columns, accumulator, tie=n % 2 == 0)
         if n % 2:  # scales about 1, sums about the int8 range: the clamps and the ties decide
             parameters = [(int(rng.integers(-64, 65)), int(rng.choice([16384, 8192, 24576, 65535])),
                            int(rng.integers(0, 3))) for _ in range(columns)]
@@ -51,6 +52,31 @@ def groups(config, rng, count):
                            int(rng.integers(0, 65536)), int(rng.integers(0, 32))) for _ in range(columns)]
             accs = rng.integers(accumulator.lo, accumulator.hi + 1, (8, columns)) >> rng.integers(0, 31, (8, columns))
         yield setting(rng, parameters), [(a, rng.integers(-128, 128, columns).tolist()) for a in accs.tolist()]
+
+
+def nearest(rng, columns, accumulator, *, tie):
+    """Pixels where one unit of ``A * multiplier`` decides: at a tie of the rounding, or at a clamp and beside it."""
+    chosen = setting(rng, [(0, 0, 0)] * columns)
+    residuals = rng.integers(-128, 128, (8, columns)).tolist()
+    accs = np.zeros((8, columns), int)
+    for column in range(columns):
+        shift = int(rng.integers(0, min(12, accumulator.bits - 18) + 1)) if tie else 0
+        multiplier = 2 * int(rng.integers(0, 60)) + 1 if tie else 16384
+        chosen["parameters"][column] = (int(rng.integers(-500, 500)), multiplier, shift)
+        period = 1 << FRACTION_BITS + shift
+        for n, residual in enumerate(residuals):
+            v = (residual[column] - chosen["residual_zero_point"]) * chosen["residual_multiplier"]
+            v *= chosen["residual_enable"]
+            if tie:     # u + v + half is a multiple of 2**14; or the product is one less
+                product = (-v - (1 << FRACTION_BITS - 1)) % (1 << FRACTION_BITS) << shift
+                sum_ = (product - n % 2) * pow(multiplier, -1, period) % period
+                sum_ -= period if sum_ >= period // 2 else 0
+            else:
+                clamp = chosen["low"] if n % 2 else chosen["high"]
+                sum_ = clamp - chosen["zero_point"] + int(rng.integers(-1, 2))
+                sum_ -= v + (1 << FRACTION_BITS - 1) >> FRACTION_BITS
+            accs[n, column] = min(max(sum_ - chosen["parameters"][column][0], accumulator.lo), accumulator.hi)
+    return chosen, list(zip(accs.tolist(), residuals))
 
 
 def setting(rng, parameters, *, extreme=False):
@@ -153,3 +179,15 @@ async def reset_in_mid_flight_leaves_nothing(dut):
     taken = [port async for _, port, _ in exchange(dut, (source,), rng=np.random.default_rng(1), drain=8)]
     assert taken == ["i"] * 3 and dut.o__valid.value == 1 and dut.settled.value == 0
     await run(dut, idle=0.0, stall=0.0, count=2, begin=reset)
+
+
+@cocotb.test(timeout_time=2, timeout_unit="ms")
+async def settled_does_not_wait_for_the_output(dut):
+    """The pixel that waits at the output needs no setting any more; the one behind it does."""
+    for pixels in range(1, 4):
+        source = Source(dut, "i", [0] * pixels)
+        await (reset if pixels > 1 else start)(dut, (source, Sink(dut, "o")))
+        seen = [port async for _, port, _ in exchange(dut, (source,), rng=np.random.default_rng(1), drain=20,
+                                                      watch=("settled",))]
+        assert seen.count("i") == pixels
+        assert dut.o__valid.value == 1 and int(dut.settled.value) == (pixels == 1)

@@ -14,7 +14,7 @@ def test_matches_reference(preset, accumulator_bits, tmp_path, seed):
     config = load(preset)
     config = dataclasses.replace(
         config, structured=dataclasses.replace(config.structured, accumulator_bits=accumulator_bits))
-    run_cocotb(Requantizer(config=config), f"requantizer_{preset}_{accumulator_bits}", "sim_tests.hw.tb_requantize", 8,
+    run_cocotb(Requantizer(config=config), f"requantizer_{preset}_{accumulator_bits}", "sim_tests.hw.tb_requantize", 9,
                tmp_path, config, seed=seed)
 
 

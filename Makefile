@@ -5,7 +5,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 
 CONFIG ?= nm256
-METHOD ?= tasd:4:8+1:8
+METHOD ?= tasder
 IMAGES ?= 350
 OUT ?= build/rtl
 SEEDS ?= 20
@@ -24,7 +24,7 @@ help:
 
 #: make cosim              the demo network end to end on the RTL (METHOD=, CONFIG=, IMAGES=)
 cosim: $(STAMP)
-	@$(SUMMAND) cosim models/digits.onnx --method $(METHOD) --config $(CONFIG) --input demo:heldout --images $(IMAGES) \
+	@$(SUMMAND) cosim models/digits.onnx --method $(METHOD) --config $(CONFIG) --input demo:heldout --validation demo:validation --images $(IMAGES) \
 	  --json build/cosim/report.json --html build/cosim/report.html
 
 #: make test               all tests (TESTS= for some)

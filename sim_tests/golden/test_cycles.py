@@ -1,8 +1,10 @@
 """golden.cycles: closed forms for small programs, bounds, and agreement with the machine's counts."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from golden.cycles import CONSTANTS, predict, program_words
+from golden.cycles import EXECUTE_LATENCY, predict, program_words
 from golden.machine import Machine
 from spec.config import load
 from spec.derive import Sizes
@@ -31,50 +33,75 @@ def executes(pixels, entries, times, **options):
     return predict(TINY, [*words, END], memory(*entries), **options)
 
 
-@pytest.mark.parametrize("pixels", [1, 4, 7, 8, 16])
+@pytest.mark.parametrize("pixels", [1, 2, 4, 7, 8, 16])
 @pytest.mark.parametrize("n_log2, beats", [(2, 2), (1, 3), (0, 3)])
 def test_long_rows_of_steps_take_the_larger_of_pixels_and_tile(pixels, n_log2, beats):
-    """The difference of two programs cancels every constant but the step's own."""
-    entries, each = [(n_log2, 0)] * 16, max(pixels, beats + CONSTANTS["tile_overhead"])
+    """The difference of two programs cancels everything but the steps: 5 cycles a tile beside its beats."""
+    entries, each = [(n_log2, 0)] * 16, max(pixels, beats + 5)
     few, many = executes(pixels, entries, 20), executes(pixels, entries, 40)
+    # the first step of the next EXECUTE costs no more: it is taken the cycle after the last step was accepted
     assert many.cycles - few.cycles == 20 * 16 * each
-    counters = many.counters
-    assert counters["EXECUTE_ISSUE"] == 40 * 16 * pixels
-    first = min(pixels, beats + CONSTANTS["tile_overhead"])     # nothing hides the very first tile
-    assert counters["EXECUTE_WAIT_WEIGHTS"] == 40 * 16 * (each - pixels) + first
+    assert many.counters["EXECUTE_ISSUE"] == 40 * 16 * pixels
+    waited = many.counters["EXECUTE_WAIT_WEIGHTS"] - few.counters["EXECUTE_WAIT_WEIGHTS"]
+    assert waited == 20 * 16 * (each - pixels)
 
 
-def test_held_steps_cost_their_pixels_only():
-    for held in (5, 15):
-        event = executes(3, [(2, 0)] + [(2, 1)] * held, 1).events[2]
-        tile = SIZES.tile_beats(4) + CONSTANTS["tile_overhead"]
-        assert event.end - event.begin == tile + 3 * (1 + held) + CONSTANTS["execute_drain"]
+@pytest.mark.parametrize("pixels, each", [(1, 3), (2, 3), (3, 3), (8, 8)])
+def test_held_steps_cost_their_pixels_and_at_least_the_table_read(pixels, each):
+    ends = {held: executes(pixels, [(2, 0)] + [(2, 1)] * held, 1).events[2] for held in (4, 15)}
+    assert (ends[15].end - ends[15].begin) - (ends[4].end - ends[4].begin) == 11 * each
+    # table, entry, two beats, their arrival, offer; then 4 steps and the last one's pixels; pipeline
+    assert ends[4].end - ends[4].begin == (3 + 2 + 1) + max(pixels, 3) + 3 * each + pixels + EXECUTE_LATENCY
 
 
 def test_one_program_by_hand():
     """HEADER, LOAD_LINEAR of 2 beats, EXECUTE of 4 pixels and a dense tile, END: every time added up on paper.
 
-    tiny: an instruction is 4 beats. Fetches leave at 3 + 4 i (i from 1), arrive 16 later.
+    tiny: an instruction is 4 beats, two of them are one request and one burst of 8.
     """
     result = executes(4, [(2, 0)], 1, memory_latency_cycles=16)
-    load_begin = (3 + 8) + 16 + 2 + 2
-    assert (result.events[1].begin, result.events[1].end) == (load_begin, load_begin + 16 + 4 + 2)
-    execute = result.events[1].end + 1
-    assert result.events[2].begin == execute
-    assert result.events[2].end == execute + (2 + 5) + 4 + 8
-    assert result.cycles == result.events[2].end + 2
-    assert result.counters["READ_BEATS"] == 4 * 4 + 2
+    # Start acts in cycle 1, request in 2, burst 3, address 4, beats from 20, used from 21: HEADER is whole in 24.
+    header = 24
+    assert result.events[0].begin == header + 2 + 1             # queue with output register; checked, gone
+    # LOAD_LINEAR is whole in 28, taken in 30, gone in 31, at the unit in 33; sized, requested, burst, address in 37
+    assert result.events[1].begin == 33
+    first_beat = 37 + 16
+    assert result.events[1].end == first_beat + 1 + 1           # register slice, second beat
+    # token: a register, the counter
+    assert result.events[2].begin == result.events[1].end + 2 == 57
+    offer = 57 + 3 + 2 + 1
+    assert result.events[2].end == offer + 4 + 7
+    assert result.events[3].end == result.events[2].end + 1     # two cycles in a row without work
+    assert result.cycles == result.events[3].end + 1 and result.counters["CYCLES"] == result.cycles - 2
+    assert result.counters["READ_BEATS"] == 4 * 4 + 2 and result.counters["INSTRUCTIONS"] == 4
+    assert result.counters["EXECUTE_WAIT_LOAD"] == 57 - 37      # EXECUTE whole in 32, at the unit in 37
+    assert result.counters["EXECUTE_WAIT_WEIGHTS"] == offer - 57
 
 
-def test_instruction_fetches_take_beats_from_a_load():
-    """60 beats of weights while FILLs are fetched: each fetch in the window costs its 4 beats."""
+def test_instruction_fetches_go_before_loads():
+    """60 beats of weights while FILLs are fetched: each fetch takes its beats, and a place among outstanding bursts."""
     words = [HEADER, encode(Opcode.LOAD_LINEAR, beats=60), *[encode(Opcode.FILL, rows=1, blocks=1)] * 12, END]
     load_event = predict(TINY, words, memory()).events[1]
     alone = predict(TINY, [*words[:2], END], memory()).events[1]
-    # Two bursts of 8 beats under way, each 20 + 8 cycles from its address to its last beat: one begins every 14.
-    assert alone.end - alone.begin == 16 + CONSTANTS["read"] + 7 * 14 + 8
-    stolen = load_event.end - alone.end
-    assert load_event.begin == alone.begin and 0 < stolen <= 12 * 4 and stolen % 4 == 0
+    # Two bursts of 8 beats under way; a pair every 1 + 16 + 1 + 8 + 7 + ... cycles from issue to the first's last use.
+    assert load_event.begin == alone.begin and load_event.end >= alone.end + 8
+    assert predict(TINY, [*words[:2], END], memory(), memory_latency_cycles=30).events[1].end > alone.end + 4 * 14 - 1
+
+
+def test_words_behind_the_end_are_waited_for_and_thrown_away():
+    plain, more = (predict(TINY, [HEADER, END, *[END] * n], memory()) for n in (0, 20))
+    assert more.cycles > plain.cycles and more.counters["INSTRUCTIONS"] == plain.counters["INSTRUCTIONS"] == 2
+    assert plain.counters["READ_BEATS"] == 8 and 8 < more.counters["READ_BEATS"] <= 8 + 4 * TINY.control.fetch_depth
+
+
+def test_a_program_across_a_page_takes_one_burst_more():
+    words = [HEADER, *[encode(Opcode.FILL, rows=1, blocks=1)] * 2, END]
+    inside, across = (predict(TINY, words, memory(), program_offset=at) for at in (0x1000, 0x1000 - 8))
+    assert across.cycles > inside.cycles                        # two bursts outstanding at most, each paid once
+    assert predict(TINY, words, memory()).cycles == inside.cycles   # not in this image: taken as offset 0
+    image = np.zeros(0x3000, np.uint8)
+    image[0xFF8:0xFF8 + 128] = np.frombuffer(b"".join(w.to_bytes(32, "little") for w in words), np.uint8)
+    assert predict(TINY, words, image).cycles == across.cycles  # found
 
 
 def convolution(rng):
@@ -108,11 +135,11 @@ def test_counts_agree_with_the_machine(rng):
     counters = result.counters
     assert counters.keys() == {name for name, _ in COUNTERS}
     assert counters["EXECUTE_ISSUE"] == machine.counts["pixel_steps"] == 6 * 9 * 6
-    assert counters["INSTRUCTIONS"] == len(words) - 3
+    assert counters["INSTRUCTIONS"] == len(words)
     assert counters["STORE_BUSY"] == machine.counts["bytes_written"] // SIZES.unit_bytes
     beats = (machine.counts["bytes_read"] - 30 * 4 + machine.counts["bytes_instructions"]) // 8
     assert counters["READ_BEATS"] == beats + 6 * 3               # rows of 5 units of half a beat touch 3 beats
-    assert counters["WRITE_BEATS"] == 6 * (2 + 2)                # rows of 3 units: the second begins inside a beat
+    assert counters["WRITE_BEATS"] == 6 * 3                      # two rows of 3 units that follow one another
     assert result.marks == ((9, result.events[-2].end),)
     assert program_words(TINY, run, 0x1000, len(words)) == words
 
@@ -131,7 +158,11 @@ def test_times_respect_order_and_bounds(rng):
         assert all(e.begin <= e.end <= result.cycles for e in result.events)
         parts = [counters[n] for n in ("EXECUTE_ISSUE", "EXECUTE_WAIT_LOAD", "EXECUTE_WAIT_STORE",
                                        "EXECUTE_WAIT_WEIGHTS", "EXECUTE_IDLE")]
-        assert min(parts) >= 0 and sum(parts) == result.cycles
+        assert min(parts) >= 0 and sum(parts) == counters["CYCLES"] == result.cycles - 2
+        (segment,) = result.segments
+        assert sum(segment.execute) == segment.cycle == result.marks[0][1] and segment.mark == 9
+        assert list(segment.execute[1:]) == parts[:4]
+        assert segment.write_beats == counters["WRITE_BEATS"] and segment.load_busy == counters["LOAD_BUSY"]
         assert result.utilization == counters["EXECUTE_ISSUE"] / result.cycles
 
 
@@ -141,11 +172,29 @@ def test_store_begins_after_its_execute_and_load_after_the_acknowledged_store():
              encode(Opcode.STORE, rows=1, cols=9, wait_execute=1, push_load=1, push_execute=1),
              encode(Opcode.FILL, rows=1, blocks=1, wait_store=1), encode(Opcode.EXECUTE, rows=1, cols=1, steps=1,
                                                                          wait_store=1), END]
-    result = predict(TINY, words, memory((2, 0)), memory_latency_cycles=50)
+    result = predict(TINY, words, memory((2, 0)), memory_latency_cycles=50, write_latency_cycles=31)
     execute, store, fill, second = result.events[2:6]
-    assert store.end == execute.end + 1 + 9 + 6 + 50
-    assert fill.begin == store.end + 1 and second.begin == store.end - 50 - 6 + 1
-    assert result.counters["EXECUTE_WAIT_STORE"] > 0 and result.counters["LOAD_WAIT_TOKEN"] > 0
+    start = execute.end                                 # the token is there
+    # 2 cycles to the requantiser, 4 in it, 9 pixels, packed, on the bus; response; done, token
+    assert store.end == start + 2 + 4 + 9 + 1 + 31 + 2
+    assert fill.begin == store.end
+    assert second.begin == start + 2 + 8 + 1            # the ninth pixel enters the requantiser, token
+    counters = result.counters
+    assert counters["EXECUTE_WAIT_STORE"] > 0 and counters["LOAD_WAIT_TOKEN"] > 0
+    assert counters["WRITE_BEATS"] == 5 and counters["STORE_BUSY"] == 9
+
+
+@pytest.mark.parametrize("outstanding", [1, 2, 8])
+def test_rows_of_one_pixel_are_limited_by_outstanding_writes(outstanding):
+    """16 rows, each a burst of its own: ``outstanding`` of them per round trip."""
+    config = replace(TINY, bus=replace(TINY.bus, outstanding_writes=outstanding))
+    header = encode(Opcode.HEADER, digest=Sizes(config).digest_value, version=1)
+    ends = {}
+    for rows in (8, 16):
+        words = [header, encode(Opcode.STORE, rows=rows, cols=1, row_stride=2), END]
+        ends[rows] = predict(config, words, memory(), memory_latency_cycles=100).events[1].end
+    # issue, the beat at the earliest two cycles later on the bus, 100, and the place is free the cycle after
+    assert ends[16] - ends[8] == 8 // outstanding * (1 + 1 + 100 + 1)
 
 
 def test_queue_depth_holds_back_dispatch_behind_a_busy_unit():
@@ -158,11 +207,22 @@ def test_queue_depth_holds_back_dispatch_behind_a_busy_unit():
 
 
 @pytest.mark.parametrize("words, text", [
-    ([HEADER], "must end with END"), ([HEADER, 0, END], "Instruction 1 must have a known"),
+    ([HEADER], "must end with END"), ([], "must end with END"),
+    ([HEADER, 0, END], "Instruction 1 must have a known"),
     ([HEADER, encode(Opcode.FILL, rows=1, blocks=1, wait_store=1), END], "token that nobody gave .store to load"),
-    ([HEADER, encode(Opcode.EXECUTE, rows=1, cols=1, steps=1), END], "step entry 0, which was not loaded")])
+    ([HEADER, encode(Opcode.LOAD_LINEAR, target=LinearTarget.STEP, beats=2, base=32), END], "inside the table"),
+    ([HEADER, encode(Opcode.LOAD_LINEAR, target=LinearTarget.STEP, beats=2, address=0xFF8), END], "the memory image"),
+    ([HEADER, encode(Opcode.EXECUTE, rows=1, cols=1, steps=1), END], "step entry 0, which was not loaded"),
+    ([HEADER, encode(Opcode.LOAD_LINEAR, target=LinearTarget.STEP, beats=2), encode(Opcode.EXECUTE, rows=1, cols=1, steps=1),
+      END], "step entry 0, whose pattern is not supported")])
 def test_bad_programs(words, text):
     with pytest.raises(ValueError, match=text):
-        predict(TINY, words, memory())
+        predict(TINY, words, memory((5, 0)))
     with pytest.raises(ValueError, match="must lie in memory"):
         program_words(TINY, memory(), 0xFF0, 1)
+
+
+@pytest.mark.parametrize("latencies", [{"memory_latency_cycles": 0}, {"write_latency_cycles": 0}])
+def test_latency_is_at_least_one_cycle(latencies):
+    with pytest.raises(ValueError, match="Memory latency must be at least 1 cycle, not 0"):
+        predict(TINY, [HEADER, END], memory(), **latencies)

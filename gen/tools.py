@@ -1,4 +1,5 @@
 """The external tools: where they are, which version, and one clear line when one is missing."""
+
 import importlib.metadata
 import importlib.util
 from pathlib import Path

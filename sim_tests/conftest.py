@@ -1,4 +1,5 @@
 """Seeds, hypothesis profiles and the one check that needs every test: no Amaranth component left unelaborated."""
+
 import os
 from zlib import crc32
 

@@ -3,6 +3,7 @@
 Convolutions have seeded random weights and data and are compared element by element like any co-simulation; cycles
 reach from the start of the program to the interrupt, all operands fetched from a memory of 16 cycles latency.
 """
+
 import argparse
 import json
 from pathlib import Path
@@ -12,7 +13,6 @@ import time
 
 import numpy as np
 
-from compress import engine
 from compress.network import Convolution, Network, Requantization, Tensor, Term
 from gen import emit, synth
 from golden.structured import tasd_series
@@ -26,12 +26,20 @@ from spec.config import Pattern
 LATENCY_CYCLES = 16
 SERIES = {"dense": (), "2:4": ("2:4",), "1:4": ("1:4",), "4:8+1:8": ("4:8", "1:8")}
 #: Cycles that the convolution 8 x 8 x 64 -> 64, 3 x 3, pad 1 must not exceed, by preset and format.
-TARGETS = {"nm64": {"dense": 38294, "2:4": 19900, "1:4": 10300, "4:8+1:8": 24800},
-           "nm256": {"dense": 9695, "2:4": 5087, "1:4": 2700, "4:8+1:8": 6300}}
+TARGETS = {
+    "nm64": {"dense": 38294, "2:4": 19900, "1:4": 10300, "4:8+1:8": 24800},
+    "nm256": {"dense": 9695, "2:4": 5087, "1:4": 2700, "4:8+1:8": 6300},
+}
 #: 3 x 3 convolutions of ResNet-18 at ImageNet size: name -> (input size, input channels, outputs, stride).
-RESNET18 = {"56x56x64": (56, 64, 64, 1), "56x56x64/2 -> 128": (56, 64, 128, 2), "28x28x128": (28, 128, 128, 1),
-            "28x28x128/2 -> 256": (28, 128, 256, 2), "14x14x256": (14, 256, 256, 1), "14x14x256/2 -> 512": (14, 256, 512, 2),
-            "7x7x512": (7, 512, 512, 1)}
+RESNET18 = {
+    "56x56x64": (56, 64, 64, 1),
+    "56x56x64/2 -> 128": (56, 64, 128, 2),
+    "28x28x128": (28, 128, 128, 1),
+    "28x28x128/2 -> 256": (28, 128, 256, 2),
+    "14x14x256": (14, 256, 256, 1),
+    "14x14x256/2 -> 512": (14, 256, 512, 2),
+    "7x7x512": (7, 512, 512, 1),
+}
 UTILIZATION_TARGET, SPEED_TARGET, AREA_TARGET = 0.95, 0.5, 1.20
 
 
@@ -47,13 +55,24 @@ def convolution(rng, *, size, channels, outputs, stride=1, kernel=3, patterns=()
     pad = kernel // 2
     out = (size + 2 * pad - kernel) // stride + 1
     layer = Convolution(
-        name="conv", input="x", output="y", terms=terms, stride=(stride, stride), pads=(pad,) * 4,
+        name="conv",
+        input="x",
+        output="y",
+        terms=terms,
+        stride=(stride, stride),
+        pads=(pad,) * 4,
         format="+".join(patterns) or "dense",
-        requantization=Requantization(bias=rng.integers(-1000, 1000, outputs).astype(np.int32),
-                                      multiplier=np.full(outputs, 40000, np.uint16), shift=np.full(outputs, 12, np.uint8),
-                                      zero_point=-3))
-    tensors = {"x": Tensor(name="x", height=size, width=size, channels=channels, scale=0.02, zero_point=5),
-               "y": Tensor(name="y", height=out, width=out, channels=outputs, scale=0.05, zero_point=-3)}
+        requantization=Requantization(
+            bias=rng.integers(-1000, 1000, outputs).astype(np.int32),
+            multiplier=np.full(outputs, 40000, np.uint16),
+            shift=np.full(outputs, 12, np.uint8),
+            zero_point=-3,
+        ),
+    )
+    tensors = {
+        "x": Tensor(name="x", height=size, width=size, channels=channels, scale=0.02, zero_point=5),
+        "y": Tensor(name="y", height=out, width=out, channels=outputs, scale=0.05, zero_point=-3),
+    }
     return Network(name=f"conv{size}x{channels}", input="x", output="y", tensors=tensors, layers=(layer,))
 
 
@@ -69,7 +88,9 @@ def _row(rows, name, value, target, good, unit, exact=True):
     good = good and exact
     rows.append({"name": name, "value": value, "target": target, "reached": good, "unit": unit, "bit_exact": exact})
     shown = f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
-    print(f"{name:<52} {shown:>14} {unit:<12} target {target!s:>10}  {'reached' if good else 'NOT REACHED'}", flush=True)
+    print(
+        f"{name:<52} {shown:>14} {unit:<12} target {target!s:>10}  {'reached' if good else 'NOT REACHED'}", flush=True
+    )
 
 
 def small_convolutions(rows, rng):
@@ -77,7 +98,9 @@ def small_convolutions(rows, rng):
     for preset, targets in TARGETS.items():
         config = configs.load(preset)
         for form, target in targets.items():
-            cycles, _, exact = measure(config, convolution(rng, size=8, channels=64, outputs=64, patterns=SERIES[form]), rng)
+            cycles, _, exact = measure(
+                config, convolution(rng, size=8, channels=64, outputs=64, patterns=SERIES[form]), rng
+            )
             _row(rows, f"8x8x64->64 3x3 {form} on {preset}", cycles, target, cycles <= target, "cycles", exact)
 
 
@@ -90,12 +113,26 @@ def resnet_convolutions(rows, rng, forms=("dense", "2:4")):
             cycles, layer, exact = measure(config, net, rng)
             needed = layer.macs_dense * (sum(Pattern.parse(p).density for p in SERIES[form]) or 1)
             used = needed / (config.structured.multipliers * cycles)
-            _row(rows, f"ResNet-18 {name} {form}: utilization", round(used, 4), UTILIZATION_TARGET,
-                 used >= UTILIZATION_TARGET, f"{cycles} cyc", exact)
+            _row(
+                rows,
+                f"ResNet-18 {name} {form}: utilization",
+                round(used, 4),
+                UTILIZATION_TARGET,
+                used >= UTILIZATION_TARGET,
+                f"{cycles} cyc",
+                exact,
+            )
             if name == "28x28x128" and form == "dense":
                 ideal = layer.macs_dense // config.structured.multipliers
-                _row(rows, "ResNet-18 28x28x128 dense: cycles / ideal", round(cycles / ideal, 4), 1.03,
-                     cycles <= 1.03 * ideal, "ratio", exact)
+                _row(
+                    rows,
+                    "ResNet-18 28x28x128 dense: cycles / ideal",
+                    round(cycles / ideal, 4),
+                    1.03,
+                    cycles <= 1.03 * ideal,
+                    "ratio",
+                    exact,
+                )
 
 
 def flow(rows, rng):
@@ -104,7 +141,7 @@ def flow(rows, rng):
     began = time.monotonic()
     text = emit.rtl_text(config)
     _row(rows, "RTL of nm256", round(time.monotonic() - began, 2), 10, time.monotonic() - began <= 10, "s")
-    stamp = f"// built for the bench at {time.time_ns()}\n"         # another digest: the build is really made
+    stamp = f"// built for the bench at {time.time_ns()}\n"  # another digest: the build is really made
     began = time.monotonic()
     program = build.simulator(stamp + text, emit.header_text(config), emit.top_name(config))
     seconds = time.monotonic() - began
@@ -119,15 +156,27 @@ def flow(rows, rng):
     plain = simulate(prepare(config), memory, **job).check()
     timed = simulate(prepare(config), memory, profile=True, **job).check()
     speed, bare = plain.simulated_cycles / plain.wall_seconds, timed.simulated_cycles / timed.eval_seconds
-    _row(rows, "simulation speed / bare loop around the same model", round(speed / bare, 3), SPEED_TARGET,
-         speed / bare >= SPEED_TARGET, f"{speed:,.0f}/s")
+    _row(
+        rows,
+        "simulation speed / bare loop around the same model",
+        round(speed / bare, 3),
+        SPEED_TARGET,
+        speed / bare >= SPEED_TARGET,
+        f"{speed:,.0f}/s",
+    )
 
 
 def area(rows):
     """The element with N:M selection against the dense one, in generic gates."""
     result = synth.report(configs.load("nm256"))
-    _row(rows, "N:8 element / dense element, Yosys cells", round(result["pe_ratio_cells"], 3), AREA_TARGET,
-         result["pe_ratio_cells"] <= AREA_TARGET, "ratio")
+    _row(
+        rows,
+        "N:8 element / dense element, Yosys cells",
+        round(result["pe_ratio_cells"], 3),
+        AREA_TARGET,
+        result["pe_ratio_cells"] <= AREA_TARGET,
+        "ratio",
+    )
     return {key: result[key] for key in ("parts", "pe_ratio_equivalents")}
 
 
@@ -143,7 +192,11 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=1, help="seed of weights and data (1)")
     args = parser.parse_args(argv)
     rng, rows, parts = np.random.default_rng(args.seed), [], args.part or PARTS
-    facts = {"seed": args.seed, "latency_cycles": LATENCY_CYCLES, "verilator": build.verilator_version()} | emit.versions()
+    facts = {
+        "seed": args.seed,
+        "latency_cycles": LATENCY_CYCLES,
+        "verilator": build.verilator_version(),
+    } | emit.versions()
     if "area" in parts:
         facts["area"] = area(rows)
     if "small" in parts:

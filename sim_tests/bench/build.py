@@ -3,6 +3,7 @@
 Both live under ``build/`` (or the folder that SUMMAND_BUILD names), outside git. Two processes that want the same
 build wait for each other; an interrupted build leaves nothing that looks finished.
 """
+
 from contextlib import contextmanager
 import fcntl
 from hashlib import sha256
@@ -26,11 +27,31 @@ HARNESS = Path(__file__).with_name("harness.cpp")
 CODECS = Path(__file__).with_name("codecs")
 
 #: Measured as fastest (docs/troubleshooting.md): no assertions, no timing, two-state start values without randomness.
-VERILATOR_FLAGS = ("--cc", "--exe", "--prefix", "Vdut", "-O3", "--x-assign", "fast", "--x-initial", "fast", "--noassert",
-                   "--no-timing", "--output-split", "20000")
+VERILATOR_FLAGS = (
+    "--cc",
+    "--exe",
+    "--prefix",
+    "Vdut",
+    "-O3",
+    "--x-assign",
+    "fast",
+    "--x-initial",
+    "fast",
+    "--noassert",
+    "--no-timing",
+    "--output-split",
+    "20000",
+)
 #: The wheel's variables for precompiled headers are empty, so they are given here.
-MAKE_FLAGS = ("-j2", "OPT_FAST=-O2", "OPT_SLOW=-O0", "OPT_GLOBAL=-O2", "CFG_CXXFLAGS_PCH_I=-include", "CFG_GCH_IF_CLANG=",
-              f"PYTHON3={sys.executable}")
+MAKE_FLAGS = (
+    "-j2",
+    "OPT_FAST=-O2",
+    "OPT_SLOW=-O0",
+    "OPT_GLOBAL=-O2",
+    "CFG_CXXFLAGS_PCH_I=-include",
+    "CFG_GCH_IF_CLANG=",
+    f"PYTHON3={sys.executable}",
+)
 
 
 class BuildError(Exception):
@@ -43,7 +64,9 @@ def build_root():
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"must be a writable folder ({error.strerror})", field="SUMMAND_BUILD", value=str(root)) from error
+        raise InputError(
+            f"must be a writable folder ({error.strerror})", field="SUMMAND_BUILD", value=str(root)
+        ) from error
     return root
 
 
@@ -52,12 +75,16 @@ def locked(path):
     """Exclusive lock between processes on the file ``path``, which is made if need be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise InputError(f"must be writable ({error.strerror})", field="build folder", value=str(path.parent)) from error
-    with file:
+        raise InputError(
+            f"must be writable ({error.strerror})", field="build folder", value=str(path.parent)
+        ) from error
+    try:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(file)
 
 
 def _digest(*parts):
@@ -100,7 +127,9 @@ def _run(command, folder, log, *, progress, message):
                 raise
     if code:
         words = Path(log).read_text()
-        wrong = [line for line in words.splitlines() if re.search(r"%?(Error|Warning-|error:)", line)] or words.splitlines()[-5:]
+        wrong = [
+            line for line in words.splitlines() if re.search(r"%?(Error|Warning-|error:)", line)
+        ] or words.splitlines()[-5:]
         raise BuildError(f"{Path(command[0]).name} failed ({log}):\n" + "\n".join(wrong[:10]))
 
 
@@ -127,11 +156,34 @@ def simulator(text, header, top, *, waves=False, progress=None):
         (folder / f"{top}.v").write_text(text)
         (folder / "summand_config.h").write_text(header)
         log = folder / "build.log"
-        defines = f"-DSUMMAND_HEADER='\"../summand_config.h\"' -std=gnu++17" + (f" -I{CODECS}" if waves else "")
-        _run([tools["verilator"], *flags, "--top-module", top, "-Mdir", "obj", "-CFLAGS", defines, "-o", "simulator",
-              f"{top}.v", str(HARNESS)], folder, log, progress=progress, message=f"verilating {top}")
-        _run([tools["make"], "-f", "Vdut.mk", *MAKE_FLAGS, "LDLIBS="], folder / "obj", log, progress=progress,
-             message=f"compiling {top} (once per digest)")
+        defines = "-DSUMMAND_HEADER='\"../summand_config.h\"' -std=gnu++17" + (f" -I{CODECS}" if waves else "")
+        _run(
+            [
+                tools["verilator"],
+                *flags,
+                "--top-module",
+                top,
+                "-Mdir",
+                "obj",
+                "-CFLAGS",
+                defines,
+                "-o",
+                "simulator",
+                f"{top}.v",
+                str(HARNESS),
+            ],
+            folder,
+            log,
+            progress=progress,
+            message=f"verilating {top}",
+        )
+        _run(
+            [tools["make"], "-f", "Vdut.mk", *MAKE_FLAGS, "LDLIBS="],
+            folder / "obj",
+            log,
+            progress=progress,
+            message=f"compiling {top} (once per digest)",
+        )
         os.replace(folder / "obj" / "simulator", program)
         shutil.rmtree(folder / "obj")
     return program

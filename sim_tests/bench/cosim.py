@@ -3,6 +3,7 @@
 One run is ``batch`` images through one program, from the start register to the interrupt. Cycles and bytes in a report
 are those of the first run; elements and mismatches are counted over all runs.
 """
+
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -87,15 +88,31 @@ class Report:
     @property
     def bit_exact(self):
         """Whether every element of every layer and run is equal, and nothing else was written."""
-        return bool(self.layers) and not self.stray_bytes and all(r.elements > 0 and r.mismatches == 0 for r in self.layers)
+        return (
+            bool(self.layers)
+            and not self.stray_bytes
+            and all(r.elements > 0 and r.mismatches == 0 for r in self.layers)
+        )
 
     def totals(self):
         """Sums over the layers, and what follows from them."""
+
         def total(name):
             values = [getattr(r, name) for r in self.layers]
             return None if None in values else sum(values)
-        names = ("macs_dense", "macs_executed", "macs_nonzero", "cycles", "cycles_predicted", "cycles_dense",
-                 "dram_bytes_read", "dram_bytes_written", "elements", "mismatches")
+
+        names = (
+            "macs_dense",
+            "macs_executed",
+            "macs_nonzero",
+            "cycles",
+            "cycles_predicted",
+            "cycles_dense",
+            "dram_bytes_read",
+            "dram_bytes_written",
+            "elements",
+            "mismatches",
+        )
         out = {name: total(name) for name in names}
         multipliers = self.memory["multipliers"]
         out["utilization"] = out["macs_executed"] / (multipliers * out["cycles"])
@@ -107,29 +124,46 @@ class Report:
     def to_dict(self):
         """Plain JSON values, the report's file form."""
         return {
-            "report_version": REPORT_VERSION, "network": self.network, "config_name": self.config_name,
-            "config_digest": self.config_digest, "bit_exact": self.bit_exact, "images": self.images, "batch": self.batch,
-            "wall_seconds": self.wall_seconds, "simulated_cycles_per_second": self.simulated_cycles_per_second,
-            "layers": [vars(r) for r in self.layers], "totals": self.totals(), "stray_bytes": self.stray_bytes,
-            "counters": self.counters, "memory": self.memory, "accuracy": self.accuracy, "versions": self.versions,
-            "notes": list(self.notes)}
+            "report_version": REPORT_VERSION,
+            "network": self.network,
+            "config_name": self.config_name,
+            "config_digest": self.config_digest,
+            "bit_exact": self.bit_exact,
+            "images": self.images,
+            "batch": self.batch,
+            "wall_seconds": self.wall_seconds,
+            "simulated_cycles_per_second": self.simulated_cycles_per_second,
+            "layers": [vars(r) for r in self.layers],
+            "totals": self.totals(),
+            "stray_bytes": self.stray_bytes,
+            "counters": self.counters,
+            "memory": self.memory,
+            "accuracy": self.accuracy,
+            "versions": self.versions,
+            "notes": list(self.notes),
+        }
 
 
 def dense_version(network):
     """The same network with every weight series as one dense term: the baseline of ``speedup_vs_dense``."""
+
     def dense(layer):
         if not isinstance(layer, Convolution):
             return layer
         # A series of int8 terms may sum to more than int8; the baseline's cycles do not depend on the values.
         values = np.clip(layer.effective_weights(), -128, 127).astype(np.int8)
         return replace(layer, terms=(Term(pattern=Pattern(1, 1), values=values),), format="dense")
+
     return replace(network, layers=tuple(dense(layer) for layer in network.layers))
 
 
 def is_dense(network, names=None):
     """Whether every weight tensor (of the named layers) is one dense term."""
-    return all(len(layer.terms) == 1 and layer.terms[0].dense for layer in network.layers
-               if isinstance(layer, Convolution) and (names is None or layer.name in names))
+    return all(
+        len(layer.terms) == 1 and layer.terms[0].dense
+        for layer in network.layers
+        if isinstance(layer, Convolution) and (names is None or layer.name in names)
+    )
 
 
 class _Compared:
@@ -146,8 +180,10 @@ class _Compared:
         self.mismatches += len(wrong)
         if len(wrong) and self.first is None:
             at = tuple(int(n) for n in wrong[0])
-            self.first = (f"image {first_image + at[0]}, row {at[1]}, column {at[2]}, channel {at[3]}: "
-                          f"got {got[at]}, expected {want[at]}")
+            self.first = (
+                f"image {first_image + at[0]}, row {at[1]}, column {at[2]}, channel {at[3]}: "
+                f"got {got[at]}, expected {want[at]}"
+            )
 
 
 def _nonzero_macs(layer, tensors, batch):
@@ -172,7 +208,7 @@ def _outside(lowered, before, after):
     changed = before != after
     for name in lowered.outputs:
         place = lowered.tensors[name]
-        changed[place.offset:place.offset + place.bytes] = False
+        changed[place.offset : place.offset + place.bytes] = False
     return int(np.count_nonzero(changed))
 
 
@@ -180,7 +216,9 @@ def _predictions(lowered, latency):
     """Cycles of each layer from the cycle model."""
     memory = lowered.new_memory()
     words = cycles.program_words(lowered.config, memory, lowered.program_offset, lowered.instruction_count)
-    return _differences(end for _, end in cycles.predict(lowered.config, words, memory, memory_latency_cycles=latency).marks)
+    return _differences(
+        end for _, end in cycles.predict(lowered.config, words, memory, memory_latency_cycles=latency).marks
+    )
 
 
 def prepare(config, *, waves=False, progress=None):
@@ -209,8 +247,22 @@ def _layer_cycles(result):
     return _differences(m["cycle"] for m in result.marks)
 
 
-def cosimulate(network, config, inputs, *, layers=None, batch=1, latency=16, stall=0.0, seed=1, waves=None, floats=None,
-               compare_dense=True, workers=2, progress=None):
+def cosimulate(
+    network,
+    config,
+    inputs,
+    *,
+    layers=None,
+    batch=1,
+    latency=16,
+    stall=0.0,
+    seed=1,
+    waves=None,
+    floats=None,
+    compare_dense=True,
+    workers=2,
+    progress=None,
+):
     """Run ``inputs`` through a network on the RTL of ``config`` and compare every element of every layer.
 
     Args:
@@ -236,15 +288,21 @@ def cosimulate(network, config, inputs, *, layers=None, batch=1, latency=16, sta
     tell("lowering", None)
     lowered = lower(network, config, batch=batch, layers=layers)
     starts = list(range(0, len(inputs), batch))
-    memory = {"latency_cycles": latency, "stall": stall, "seed": seed, "data_bits": config.bus.data_bits,
-              "multipliers": config.structured.multipliers, "bytes": lowered.memory_bytes}
+    memory = {
+        "latency_cycles": latency,
+        "stall": stall,
+        "seed": seed,
+        "data_bits": config.bus.data_bits,
+        "multipliers": config.structured.multipliers,
+        "bytes": lowered.memory_bytes,
+    }
     compared = {info.name: _Compared() for info in lowered.layers}
     first, stray, outputs, done, lock = None, 0, {}, 0, threading.Lock()
     cycles_estimate = sum(info.macs_executed for info in lowered.layers) / config.structured.multipliers * 1.1 + 1000
 
     def one(start):
         nonlocal first, stray, done
-        chosen = inputs[start:start + batch]
+        chosen = inputs[start : start + batch]
         count = len(chosen)
         if count < batch:
             chosen = np.concatenate([chosen, np.repeat(chosen[-1:], batch - count, axis=0)])
@@ -252,27 +310,45 @@ def cosimulate(network, config, inputs, *, layers=None, batch=1, latency=16, sta
         before = lowered.new_memory()
         for name in lowered.inputs:
             lowered.write_tensor(before, name, golden[name])
-        share = (lambda c, mark: tell("simulating", min(0.99, (done + c / cycles_estimate) / len(starts)))) \
-            if start == 0 or len(starts) > 1 else None
-        result = simulate(simulator, before, program=lowered.program_offset, count=lowered.instruction_count,
-                          latency=latency, stall=stall, seed=seed + start, waves=waves if start == 0 else None,
-                          progress=share).check()
+        share = (
+            (lambda c, mark: tell("simulating", min(0.99, (done + c / cycles_estimate) / len(starts))))
+            if start == 0 or len(starts) > 1
+            else None
+        )
+        result = simulate(
+            simulator,
+            before,
+            program=lowered.program_offset,
+            count=lowered.instruction_count,
+            latency=latency,
+            stall=stall,
+            seed=seed + start,
+            waves=waves if start == 0 else None,
+            progress=share,
+        ).check()
         marks = [m["mark"] for m in result.marks]
         if marks != [info.mark for info in lowered.layers]:
             raise SimulationError(f"layers ended in the order {marks}, expected {[i.mark for i in lowered.layers]}")
         want = None
-        if start == 0:      # the machine also says what padding channels hold
+        if start == 0:  # the machine also says what padding channels hold
             want = before.copy()
             Machine(config, want, hazards=False).run(lowered.program_offset, lowered.instruction_count)
         with lock:
             for info in lowered.layers:
-                compared[info.name].add(lowered.read_tensor(result.memory, info.output)[:count],
-                                        golden[info.output][:count], start)
+                compared[info.name].add(
+                    lowered.read_tensor(result.memory, info.output)[:count], golden[info.output][:count], start
+                )
             stray += _outside(lowered, before, result.memory)
             if want is not None:
-                stray += sum(int(np.count_nonzero(lowered.read_tensor(result.memory, name, padded=True)
-                                                  != lowered.read_tensor(want, name, padded=True)))
-                             for name in lowered.outputs) - sum(c.mismatches for c in compared.values())
+                stray += sum(
+                    int(
+                        np.count_nonzero(
+                            lowered.read_tensor(result.memory, name, padded=True)
+                            != lowered.read_tensor(want, name, padded=True)
+                        )
+                    )
+                    for name in lowered.outputs
+                ) - sum(c.mismatches for c in compared.values())
                 first = result, golden
             outputs[start] = lowered.read_tensor(result.memory, lowered.outputs[-1])[:count]
             done += 1
@@ -296,33 +372,70 @@ def cosimulate(network, config, inputs, *, layers=None, batch=1, latency=16, sta
             before = dense.new_memory()
             for name in dense.inputs:
                 dense.write_tensor(before, name, golden[name])
-            return _layer_cycles(simulate(
-                simulator, before, program=dense.program_offset, count=dense.instruction_count, latency=latency,
-                stall=stall, seed=seed, progress=lambda c, mark: tell("simulating the dense version", None)).check())
+            return _layer_cycles(
+                simulate(
+                    simulator,
+                    before,
+                    program=dense.program_offset,
+                    count=dense.instruction_count,
+                    latency=latency,
+                    stall=stall,
+                    seed=seed,
+                    progress=lambda c, mark: tell("simulating the dense version", None),
+                ).check()
+            )
+
         dense_cycles = _cached_cycles(simulator, dense, [latency, stall, seed], run_dense)
 
     by_name = {layer.name: layer for layer in network.layers}
     multipliers, beat_bytes = config.structured.multipliers, config.bus.data_bits // 8
     rows = []
-    for info, mark, n, n_dense, predicted in zip(lowered.layers, result.marks, spent, dense_cycles,
-                                                 _predictions(lowered, latency)):
+    for info, mark, n, n_dense, predicted in zip(
+        lowered.layers, result.marks, spent, dense_cycles, _predictions(lowered, latency)
+    ):
         c, nonzero = compared[info.name], _nonzero_macs(by_name[info.name], network.tensors, batch)
         executed = mark["execute"][1] * multipliers
         sqnr = None
         if floats and info.output in floats:
-            sqnr = _sqnr_db(floats[info.output][:batch], golden[info.output][:len(inputs[:batch])],
-                            network.tensors[info.output])
-        rows.append(LayerReport(
-            name=info.name, op=info.op, format=info.format, macs_dense=info.macs_dense, macs_executed=executed,
-            macs_nonzero=nonzero, cycles=n, cycles_predicted=predicted, cycles_dense=n_dense,
-            utilization=executed / (multipliers * n), utilization_nonzero=nonzero / (multipliers * n),
-            dram_bytes_read=mark["read_beats"] * beat_bytes, dram_bytes_written=mark["write_beats"] * beat_bytes,
-            elements=c.elements, mismatches=c.mismatches, first_mismatch=c.first, sqnr_db=sqnr,
-            execute_cycles=dict(zip(EXECUTE_STATES, mark["execute"]))))
+            sqnr = _sqnr_db(
+                floats[info.output][:batch], golden[info.output][: len(inputs[:batch])], network.tensors[info.output]
+            )
+        rows.append(
+            LayerReport(
+                name=info.name,
+                op=info.op,
+                format=info.format,
+                macs_dense=info.macs_dense,
+                macs_executed=executed,
+                macs_nonzero=nonzero,
+                cycles=n,
+                cycles_predicted=predicted,
+                cycles_dense=n_dense,
+                utilization=executed / (multipliers * n),
+                utilization_nonzero=nonzero / (multipliers * n),
+                dram_bytes_read=mark["read_beats"] * beat_bytes,
+                dram_bytes_written=mark["write_beats"] * beat_bytes,
+                elements=c.elements,
+                mismatches=c.mismatches,
+                first_mismatch=c.first,
+                sqnr_db=sqnr,
+                execute_cycles=dict(zip(EXECUTE_STATES, mark["execute"])),
+            )
+        )
     wall = sum(seconds for _, seconds in speeds)
     return Report(
-        network=network.name, config_name=config.name, config_digest=config.digest, images=len(inputs), batch=batch,
-        layers=tuple(rows), stray_bytes=stray, cycles=result.cycles, counters=result.registers,
-        wall_seconds=time.monotonic() - began, simulated_cycles_per_second=sum(n for n, _ in speeds) / max(wall, 1e-9),
-        memory=memory, output=np.concatenate([outputs[s] for s in starts]),
-        versions=emit.versions() | {"verilator": build.verilator_version(), "numpy": np.__version__})
+        network=network.name,
+        config_name=config.name,
+        config_digest=config.digest,
+        images=len(inputs),
+        batch=batch,
+        layers=tuple(rows),
+        stray_bytes=stray,
+        cycles=result.cycles,
+        counters=result.registers,
+        wall_seconds=time.monotonic() - began,
+        simulated_cycles_per_second=sum(n for n, _ in speeds) / max(wall, 1e-9),
+        memory=memory,
+        output=np.concatenate([outputs[s] for s in starts]),
+        versions=emit.versions() | {"verilator": build.verilator_version(), "numpy": np.__version__},
+    )

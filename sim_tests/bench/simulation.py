@@ -1,4 +1,5 @@
 """One run of a built accelerator: memory image in, memory image, counters and cycles out."""
+
 from dataclasses import dataclass
 import json
 from pathlib import Path
@@ -52,14 +53,29 @@ class Run:
             raise SimulationError(f"no interrupt within {self.simulated_cycles} cycles")
         if self.error is not registers.Error.NONE:
             at = self.registers["ERROR_ADDRESS_LOW"] | self.registers["ERROR_ADDRESS_HIGH"] << 32
-            raise SimulationError(f"the accelerator stopped with {self.error.name} at offset 0x{at:x} "
-                                  f"({registers.ERROR_DOC[self.error]})")
+            raise SimulationError(
+                f"the accelerator stopped with {self.error.name} at offset 0x{at:x} ({registers.ERROR_DOC[self.error]})"
+            )
         return self
 
 
-def simulate(simulator, memory, *, program, count, latency=16, write_latency=None, stall=0.0, seed=1, waves=None,
-             limit=CYCLE_LIMIT, error_offset=None, watchdog=None, profile=False,
-             progress=None):
+def simulate(
+    simulator,
+    memory,
+    *,
+    program,
+    count,
+    latency=16,
+    write_latency=None,
+    stall=0.0,
+    seed=1,
+    waves=None,
+    limit=CYCLE_LIMIT,
+    error_offset=None,
+    watchdog=None,
+    profile=False,
+    progress=None,
+):
     """Run ``count`` instructions at byte ``program`` of ``memory`` on a built ``simulator``.
 
     Args:
@@ -81,17 +97,30 @@ def simulate(simulator, memory, *, program, count, latency=16, write_latency=Non
     with tempfile.TemporaryDirectory(prefix="summand-run-") as folder:
         image, dump = Path(folder, "memory.bin"), Path(folder, "after.bin")
         image.write_bytes(np.ascontiguousarray(memory, dtype=np.uint8).tobytes())
-        options = {"memory": image, "dump": dump, "base": MEMORY_BASE, "program": program, "count": count,
-                   "latency": latency, "write-latency": latency if write_latency is None else write_latency,
-                   "stall": stall, "seed": seed, "limit": limit}
+        options = {
+            "memory": image,
+            "dump": dump,
+            "base": MEMORY_BASE,
+            "program": program,
+            "count": count,
+            "latency": latency,
+            "write-latency": latency if write_latency is None else write_latency,
+            "stall": stall,
+            "seed": seed,
+            "limit": limit,
+        }
         options |= {"waves": Path(waves).resolve()} if waves else {}
         options |= {"error-offset": error_offset} if error_offset is not None else {}
         options |= {"watchdog": watchdog} if watchdog is not None else {}
         options |= {"profile": 1} if profile else {}
         command = [str(simulator), *(word for key, value in options.items() for word in (f"--{key}", str(value)))]
         words = []
-        with open(Path(folder, "out"), "w") as out, \
-                subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL) as process:
+        with (
+            open(Path(folder, "out"), "w") as out,
+            subprocess.Popen(
+                command, stdout=out, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL
+            ) as process,
+        ):
             try:
                 for line in process.stderr:
                     kind, _, rest = line.strip().partition(" ")
@@ -107,6 +136,16 @@ def simulate(simulator, memory, *, program, count, latency=16, write_latency=Non
             raise SimulationError(f"{Path(simulator).name} failed: {' '.join(words) or process.returncode}")
         out = json.loads(Path(folder, "out").read_text())
         after = np.frombuffer(dump.read_bytes(), dtype=np.uint8)
-    names = ("finished", "cycles", "registers", "marks", "read_beats", "write_beats", "protocol", "wall_seconds",
-             "eval_seconds", "simulated_cycles")
+    names = (
+        "finished",
+        "cycles",
+        "registers",
+        "marks",
+        "read_beats",
+        "write_beats",
+        "protocol",
+        "wall_seconds",
+        "eval_seconds",
+        "simulated_cycles",
+    )
     return Run(memory=after, **{name: out[name] for name in names})

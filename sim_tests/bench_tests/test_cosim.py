@@ -1,4 +1,5 @@
-"""The co-simulation itself: a true report for a right network, a red one for planted faults, and two back ends agree."""
+"""The co-simulation: a true report for a right network, a red one for planted faults, and two back ends agree."""
+
 from dataclasses import replace
 import json
 
@@ -25,16 +26,35 @@ def network():
     first = convolution(rng, size=6, channels=5, outputs=7, patterns=("2:4", "1:4"))
     second = convolution(rng, size=6, channels=7, outputs=7)
     a = replace(first.layers[0], name="a", output="t")
-    b = replace(second.layers[0], name="b", input="t", output="u", residual="t", requantization=replace(
-        second.layers[0].requantization, residual_zero_point=-3, residual_multiplier=9000))
+    b = replace(
+        second.layers[0],
+        name="b",
+        input="t",
+        output="u",
+        residual="t",
+        requantization=replace(second.layers[0].requantization, residual_zero_point=-3, residual_multiplier=9000),
+    )
     even = {"bias": np.zeros(7, np.int32), "multiplier": np.full(7, 16384, np.uint16), "shift": np.zeros(7, np.uint8)}
-    c = Add(name="c", input="u", residual="t", output="v",
-            requantization=Requantization(**even, zero_point=-3, residual_zero_point=-3, residual_multiplier=16384))
-    d = Pool(name="d", kind="max", input="v", output="w", window=(2, 2), stride=(2, 2),
-             requantization=Requantization(**even, zero_point=0))
+    c = Add(
+        name="c",
+        input="u",
+        residual="t",
+        output="v",
+        requantization=Requantization(**even, zero_point=-3, residual_zero_point=-3, residual_multiplier=16384),
+    )
+    d = Pool(
+        name="d",
+        kind="max",
+        input="v",
+        output="w",
+        window=(2, 2),
+        stride=(2, 2),
+        requantization=Requantization(**even, zero_point=0),
+    )
 
     def tensor(name, size):
         return Tensor(name=name, height=size, width=size, channels=7, scale=0.05, zero_point=-3)
+
     tensors = {"x": first.tensors["x"]} | {n: tensor(n, 6) for n in "tuv"} | {"w": tensor("w", 3)}
     return Network(name="test", input="x", output="w", tensors=tensors, layers=(a, b, c, d))
 
@@ -52,13 +72,17 @@ def report(network, images):
 def test_right_network_is_bit_exact(report):
     assert report.bit_exact and report.stray_bytes == 0
     assert [(r.name, r.elements, r.mismatches) for r in report.layers] == [
-        ("a", 3 * 252, 0), ("b", 3 * 252, 0), ("c", 3 * 252, 0), ("d", 3 * 63, 0)]
+        ("a", 3 * 252, 0),
+        ("b", 3 * 252, 0),
+        ("c", 3 * 252, 0),
+        ("d", 3 * 63, 0),
+    ]
 
 
 def test_figures_agree_with_the_counters(report):
     beat = TINY.bus.data_bits // 8
     counters, totals = report.counters, report.totals()
-    tail = counters["CYCLES"] - totals["cycles"]        # END and the interrupt
+    tail = counters["CYCLES"] - totals["cycles"]  # END and the interrupt
     assert 0 <= tail < 100 and report.cycles >= counters["CYCLES"]
     assert totals["macs_executed"] == counters["EXECUTE_ISSUE"] * TINY.structured.multipliers
     assert totals["dram_bytes_written"] == counters["WRITE_BEATS"] * beat
@@ -75,16 +99,40 @@ def test_executed_macs_are_those_of_the_program(network, report):
 
 def test_speedup_is_against_the_same_layers_dense(network, images, report):
     dense = cosim.cosimulate(cosim.dense_version(network), TINY, images[:1])
-    assert [r.cycles for r in dense.layers] == [r.cycles_dense for r in report.layers] == [r.cycles_dense for r in dense.layers]
+    assert (
+        [r.cycles for r in dense.layers]
+        == [r.cycles_dense for r in report.layers]
+        == [r.cycles_dense for r in dense.layers]
+    )
     assert report.totals()["speedup_vs_dense"] == dense.totals()["cycles"] / report.totals()["cycles"]
     assert dense.totals()["speedup_vs_dense"] == 1
 
 
 def test_report_is_plain_json_with_the_agreed_names(report):
     tree = json.loads(json.dumps(report.to_dict()))
-    assert tree.keys() >= {"layers", "totals", "config_digest", "bit_exact", "wall_seconds", "simulated_cycles_per_second"}
-    names = {"name", "op", "format", "macs_dense", "macs_executed", "cycles", "cycles_predicted", "utilization",
-             "dram_bytes_read", "dram_bytes_written", "elements", "mismatches", "sqnr_db"}
+    assert tree.keys() >= {
+        "layers",
+        "totals",
+        "config_digest",
+        "bit_exact",
+        "wall_seconds",
+        "simulated_cycles_per_second",
+    }
+    names = {
+        "name",
+        "op",
+        "format",
+        "macs_dense",
+        "macs_executed",
+        "cycles",
+        "cycles_predicted",
+        "utilization",
+        "dram_bytes_read",
+        "dram_bytes_written",
+        "elements",
+        "mismatches",
+        "sqnr_db",
+    }
     assert all(layer.keys() >= names for layer in tree["layers"])
     assert "speedup_vs_dense" in tree["totals"] and tree["config_digest"] == TINY.digest
 
@@ -111,7 +159,7 @@ def test_sqnr(network, images):
     real = t.scale * (exact.output.astype(np.float64) - t.zero_point)
     half = cosim.cosimulate(network, TINY, images[:1], compare_dense=False, floats={"w": real * 1.1})
     assert exact.layers[-1].sqnr_db is None
-    assert half.layers[-1].sqnr_db == pytest.approx(20.83, abs=0.01)       # 20 log10(1.1 / 0.1)
+    assert half.layers[-1].sqnr_db == pytest.approx(20.83, abs=0.01)  # 20 log10(1.1 / 0.1)
 
 
 def test_a_wrong_weight_is_found(network, images, monkeypatch):
@@ -120,8 +168,10 @@ def test_a_wrong_weight_is_found(network, images, monkeypatch):
     at = tuple(np.argwhere(values)[0])
     values[at] = values[at] // 2 + 1 if abs(values[at]) > 4 else 100
     layer = network.layers[0]
-    wrong = replace(network, layers=(replace(layer, terms=(replace(layer.terms[0], values=values), *layer.terms[1:])),
-                                     *network.layers[1:]))
+    wrong = replace(
+        network,
+        layers=(replace(layer, terms=(replace(layer.terms[0], values=values), *layer.terms[1:])), *network.layers[1:]),
+    )
     monkeypatch.setattr(cosim, "lower", lambda net, *args, **kwargs: lower(wrong, *args, **kwargs))
     report = cosim.cosimulate(network, TINY, images[:1], compare_dense=False)
     assert not report.bit_exact
@@ -135,8 +185,9 @@ def test_a_wrong_byte_elsewhere_is_found(network, images, monkeypatch):
     def stray(*args, **kwargs):
         result = real(*args, **kwargs)
         memory = result.memory.copy()
-        memory[0] ^= 1          # a constant
+        memory[0] ^= 1  # a constant
         return replace(result, memory=memory)
+
     monkeypatch.setattr(cosim, "simulate", stray)
     report = cosim.cosimulate(network, TINY, images[:1], compare_dense=False)
     assert report.totals()["mismatches"] == 0 and report.stray_bytes == 1 and not report.bit_exact
@@ -164,6 +215,7 @@ def test_builds_are_made_once(network):
 
 def test_missing_compiler(monkeypatch, tmp_path):
     from gen import tools
+
     monkeypatch.setenv("SUMMAND_BUILD", str(tmp_path))
     monkeypatch.setattr(tools.shutil, "which", lambda name: None if name == "g++" else f"/bin/{name}")
     with pytest.raises(tools.ToolMissing, match=r"g\+\+ is needed and not found"):
@@ -189,11 +241,29 @@ def test_harness_and_cocotbext_axi_give_the_same_memory(network, images, tmp_pat
     lowered = lower(network, TINY)
     before = lowered.new_memory()
     lowered.write_tensor(before, "x", images[:1])
-    runs = [simulate(cosim.prepare(TINY), before, program=lowered.program_offset, count=lowered.instruction_count,
-                     stall=stall).check() for stall in (0.0, 0.3)]
+    runs = [
+        simulate(
+            cosim.prepare(TINY), before, program=lowered.program_offset, count=lowered.instruction_count, stall=stall
+        ).check()
+        for stall in (0.0, 0.3)
+    ]
     assert np.array_equal(runs[0].memory, runs[1].memory) and not np.array_equal(runs[0].memory, before)
     jobs = tmp_path / "jobs.npz"
-    np.savez(jobs, **{"n.before": before, "n.after": runs[0].memory,
-                      "n.program": [lowered.program_offset, lowered.instruction_count]})
-    run_cocotb(build.rtl(TINY), emit.top_name(TINY), "sim_tests.hw.tb_top", 2, tmp_path, TINY,
-               env={"SUMMAND_JOBS": str(jobs)}, test_filter=".*memory_equals_machine.*")
+    np.savez(
+        jobs,
+        **{
+            "n.before": before,
+            "n.after": runs[0].memory,
+            "n.program": [lowered.program_offset, lowered.instruction_count],
+        },
+    )
+    run_cocotb(
+        build.rtl(TINY),
+        emit.top_name(TINY),
+        "sim_tests.hw.tb_top",
+        2,
+        tmp_path,
+        TINY,
+        env={"SUMMAND_JOBS": str(jobs)},
+        test_filter=".*memory_equals_machine.*",
+    )

@@ -1,4 +1,5 @@
 """The bench itself, on a design whose every byte and cycle is known."""
+
 import numpy as np
 import pytest
 
@@ -36,7 +37,7 @@ def run(copier, memory, **kwargs):
 
 def expected(memory, count=COUNT):
     want = memory.copy()
-    want[2048:2048 + count * BEAT] = memory[:count * BEAT] + np.uint8(1)
+    want[2048 : 2048 + count * BEAT] = memory[: count * BEAT] + np.uint8(1)
     return want
 
 
@@ -59,7 +60,11 @@ def test_write_latency_of_its_own(copier, rng):
 def test_marks_split_the_run(copier, rng):
     got = run(copier, image(rng), latency=7).check()
     assert [m["mark"] for m in got.marks] == [1, 2]
-    assert [m["read_beats"] for m in got.marks] == [COUNT // 2, COUNT - COUNT // 2] == [m["write_beats"] for m in got.marks]
+    assert (
+        [m["read_beats"] for m in got.marks]
+        == [COUNT // 2, COUNT - COUNT // 2]
+        == [m["write_beats"] for m in got.marks]
+    )
     reading, writing = (sum(m["execute"][state] for m in got.marks) for state in (1, 3))
     assert writing == COUNT * 8 and reading == COUNT * 8
     assert sum(sum(m["execute"]) for m in got.marks) == got.marks[-1]["cycle"]
@@ -82,8 +87,10 @@ def test_stalls_change_cycles_not_bytes(copier, rng, stall):
     assert all(g.cycles > base.cycles for g in got)
 
 
-@pytest.mark.parametrize(("offset", "code", "done"), [(0, Error.BUS_READ, 0), (5 * BEAT + 3, Error.BUS_READ, 5),
-                                                      (2048 + 7 * BEAT, Error.BUS_WRITE, 7)])
+@pytest.mark.parametrize(
+    ("offset", "code", "done"),
+    [(0, Error.BUS_READ, 0), (5 * BEAT + 3, Error.BUS_READ, 5), (2048 + 7 * BEAT, Error.BUS_WRITE, 7)],
+)
 def test_injected_error_reaches_the_design(copier, rng, offset, code, done):
     memory = image(rng)
     got = run(copier, memory, error_offset=offset)

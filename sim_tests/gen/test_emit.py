@@ -1,4 +1,5 @@
 """Emission: deterministic, exact ports, every warning an error, nothing half-written."""
+
 import json
 import os
 import re
@@ -30,7 +31,7 @@ class Register(wiring.Component):
         m = Module()
         m.d["snyc" if self.fault == "domain" else "sync"] += self.o.eq(self.i)
         if self.fault == "submodule":
-            Register()      # built, never added
+            Register()  # built, never added
         if self.fault == "loop":
             loop = Signal()
             m.d.comb += loop.eq(~loop)
@@ -39,8 +40,12 @@ class Register(wiring.Component):
 
 def test_ports_are_the_signature():
     text = emit.to_verilog(Register(), "thing")
-    assert emit.verilog_ports(text, "thing") == {"clk": ("input", 1), "rst": ("input", 1), "i": ("input", 4),
-                                                 "o": ("output", 4)}
+    assert emit.verilog_ports(text, "thing") == {
+        "clk": ("input", 1),
+        "rst": ("input", 1),
+        "i": ("input", 4),
+        "o": ("output", 4),
+    }
 
 
 def test_a_misspelt_domain_is_refused():
@@ -60,10 +65,21 @@ def test_shared_modules_are_written_once():
 
 
 def test_same_bytes_for_any_hash_seed():
-    code = ("from gen.emit import to_verilog; from hw.structured.column import Column; from spec import config; "
-            "import hashlib; print(hashlib.sha256(to_verilog(Column(config=config.load('tiny')), 'c').encode()).hexdigest())")
-    digests = {subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, check=True,
-                              capture_output=True, text=True).stdout for seed in ("1", "2", "77")}
+    code = (
+        "from gen.emit import to_verilog; from hw.structured.column import Column; from spec import config; "
+        "import hashlib; "
+        "print(hashlib.sha256(to_verilog(Column(config=config.load('tiny')), 'c').encode()).hexdigest())"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in ("1", "2", "77")
+    }
     assert len(digests) == 1
 
 
@@ -75,8 +91,11 @@ def tiny(tmp_path_factory):
 
 def test_files_carry_the_digest(tiny):
     out, paths = tiny
-    assert sorted(p.name for p in paths) == sorted(p.name for p in out.iterdir()) == [
-        "config.yaml", "metadata.json", "registers.md", "summand_tiny.h", "summand_tiny.v"]
+    assert (
+        sorted(p.name for p in paths)
+        == sorted(p.name for p in out.iterdir())
+        == ["config.yaml", "metadata.json", "registers.md", "summand_tiny.h", "summand_tiny.v"]
+    )
     for path in paths:
         assert TINY.digest in path.read_text(), path.name
 
@@ -118,17 +137,23 @@ def test_lint_sees_a_fault():
 def test_header_compiles_and_agrees_with_python(tiny, tmp_path):
     """A C program that packs a LOAD_LINEAR by the macros prints what `isa.encode` packs."""
     fields = {"target": 2, "address": 0x12_3456_7880, "beats": 77, "base": 9, "wait_store": 1}
-    lines = [f'set(w, {v}ull, SUMMAND_LOAD_LINEAR_{k.upper()}_SHIFT, SUMMAND_LOAD_LINEAR_{k.upper()}_BITS);'
-             for k, v in (fields | {"opcode": int(isa.Opcode.LOAD_LINEAR)}).items()]
+    lines = [
+        f"set(w, {v}ull, SUMMAND_LOAD_LINEAR_{k.upper()}_SHIFT, SUMMAND_LOAD_LINEAR_{k.upper()}_BITS);"
+        for k, v in (fields | {"opcode": int(isa.Opcode.LOAD_LINEAR)}).items()
+    ]
     (tmp_path / "t.c").write_text(
         '#include <stdio.h>\n#include "summand_tiny.h"\n'
         "static void set(unsigned char *w, unsigned long long v, int at, int bits)\n"
         "{ for (int n = 0; n < bits; n++) w[(at + n) / 8] |= (v >> n & 1) << (at + n) % 8; }\n"
-        "int main(void) { unsigned char w[32] = {0};\n" + "\n".join(lines) +
-        '\nfor (int n = 31; n >= 0; n--) printf("%02x", w[n]);\n'
-        'printf(" %012llx %d\\n", SUMMAND_CONFIG_DIGEST, SUMMAND_REG_READ_BEATS == 0xA8); }\n')
-    subprocess.run([tools.find("g++"), "-x", "c", "-Wall", "-Werror", f"-I{tiny[0]}", "-o", tmp_path / "t", tmp_path / "t.c"],
-                   check=True)
+        "int main(void) { unsigned char w[32] = {0};\n"
+        + "\n".join(lines)
+        + '\nfor (int n = 31; n >= 0; n--) printf("%02x", w[n]);\n'
+        'printf(" %012llx %d\\n", SUMMAND_CONFIG_DIGEST, SUMMAND_REG_READ_BEATS == 0xA8); }\n'
+    )
+    subprocess.run(
+        [tools.find("g++"), "-x", "c", "-Wall", "-Werror", f"-I{tiny[0]}", "-o", tmp_path / "t", tmp_path / "t.c"],
+        check=True,
+    )
     word, digest, offset = subprocess.run([tmp_path / "t"], capture_output=True, text=True, check=True).stdout.split()
     assert int(word, 16) == isa.encode(isa.Opcode.LOAD_LINEAR, **fields)
     assert digest == TINY.digest

@@ -1,4 +1,5 @@
 """A missing tool is told in one line with the way to get it."""
+
 import pytest
 
 from gen import tools
@@ -6,7 +7,9 @@ from gen import tools
 
 def test_missing_tool(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(tools.ToolMissing, match=r"g\+\+ is needed and not found; install it \(Debian, Ubuntu: apt-get install g\+\+\)"):
+    with pytest.raises(
+        tools.ToolMissing, match=r"g\+\+ is needed and not found; install it \(Debian, Ubuntu: apt-get install g\+\+\)"
+    ):
         tools.find("g++")
 
 

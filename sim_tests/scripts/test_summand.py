@@ -1,4 +1,5 @@
 """The command line: what it does, and that every refusal is one line on stderr with status 2, never a traceback."""
+
 import json
 from pathlib import Path
 import re
@@ -33,8 +34,12 @@ def refused(capsys, *args):
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
     path = tmp_path_factory.mktemp("package") / "digits.summand"
-    assert summand.main(["compress", DIGITS, "--method", "tasd:2:4+1:4", "--calibration", "demo:calibration", "--out",
-                         str(path)]) == 0
+    assert (
+        summand.main(
+            ["compress", DIGITS, "--method", "tasd:2:4+1:4", "--calibration", "demo:calibration", "--out", str(path)]
+        )
+        == 0
+    )
     return path
 
 
@@ -47,7 +52,7 @@ def test_help_has_an_example_of_every_command(capsys):
         text = capsys.readouterr().out
         assert f"example: summand {name}" in text
         example = re.search(r"example: summand (.*)", text)[1].split()
-        summand.parser().parse_args(example)        # the example itself is a good command line
+        summand.parser().parse_args(example)  # the example itself is a good command line
 
 
 def test_rtl(capsys, tmp_path):
@@ -76,8 +81,23 @@ def test_estimate(capsys, package):
 
 def test_cosim_end_to_end(capsys, tmp_path):
     report, page = tmp_path / "r.json", tmp_path / "r.html"
-    status, out, _ = call(capsys, "cosim", DIGITS, "--method", "tasd:2:4+1:4", "--config", "tiny", "--input",
-                          "demo:heldout", "--images", 2, "--json", report, "--html", page)
+    status, out, _ = call(
+        capsys,
+        "cosim",
+        DIGITS,
+        "--method",
+        "tasd:2:4+1:4",
+        "--config",
+        "tiny",
+        "--input",
+        "demo:heldout",
+        "--images",
+        2,
+        "--json",
+        report,
+        "--html",
+        page,
+    )
     assert status == 0 and "bit-exact: every element" in out
     tree = json.loads(report.read_text())
     assert tree["bit_exact"] and tree["accuracy"].keys() == {"samples", "float", "quantised", "compressed", "rtl"}
@@ -99,8 +119,9 @@ def test_a_mismatch_is_status_1(capsys, package, monkeypatch):
     def flipped(simulator, memory, **kwargs):
         result = real(simulator, memory, **kwargs)
         after = result.memory.copy()
-        after[-4096:] ^= (after[-4096:] != memory[-4096:]).astype(np.uint8)     # the last tensor, where it was written
+        after[-4096:] ^= (after[-4096:] != memory[-4096:]).astype(np.uint8)  # the last tensor, where it was written
         return cosim.replace(result, memory=after)
+
     monkeypatch.setattr(cosim, "simulate", flipped)
     status, out, _ = call(capsys, "cosim", package, "--config", "tiny", "--layer", "conv2")
     assert status == 1 and "NOT bit-exact" in out and "first difference at image 0" in out
@@ -109,6 +130,7 @@ def test_a_mismatch_is_status_1(capsys, package, monkeypatch):
 def test_a_failed_run_is_status_1(capsys, package, monkeypatch):
     def broken(*args, **kwargs):
         raise cosim.SimulationError("no interrupt within 5 cycles")
+
     monkeypatch.setattr(cosim, "simulate", broken)
     status, _, err = call(capsys, "cosim", package, "--config", "tiny", "--layer", "conv2")
     assert status == 1 and "summand: no interrupt within 5 cycles" in err
@@ -121,23 +143,31 @@ def test_doctor(capsys):
 
 def test_doctor_names_what_is_missing(capsys, monkeypatch):
     from gen import tools
+
     real = tools.find
 
     def find(name):
         if name == "g++":
             raise tools.ToolMissing("is needed and not found; install it", field="g++")
         return real(name)
+
     monkeypatch.setattr(tools, "find", find)
     status, out, _ = call(capsys, "doctor")
     assert status == 2 and "1 missing" in out
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("text", "words"), [
-    ("name: [", "must be YAML"), ("name: a\nname: b\n", "must not repeat a key, not 'name'"),
-    ("structured: {colums: 8}\n", "structured.colums is not a known field (did you mean columns?)"),
-    ("bus: {data_bits: 128 bits}\n", "must be a plain decimal integer without a unit"), ("", "must be a YAML mapping"),
-    ("structured: {columns: 3}\n", "must be a power of two in 2..64")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: [", "must be YAML"),
+        ("name: a\nname: b\n", "must not repeat a key, not 'name'"),
+        ("structured: {colums: 8}\n", "structured.colums is not a known field (did you mean columns?)"),
+        ("bus: {data_bits: 128 bits}\n", "must be a plain decimal integer without a unit"),
+        ("", "must be a YAML mapping"),
+        ("structured: {columns: 3}\n", "must be a power of two in 2..64"),
+    ],
+)
 def test_malformed_configuration(capsys, tmp_path, text, words):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
@@ -150,7 +180,9 @@ def test_unknown_preset(capsys, tmp_path):
     assert "did you mean nm256?" in refused(capsys, "rtl", "nm25", "--out", tmp_path)
 
 
-@pytest.mark.parametrize("command", [("compress", "--method", "dense", "--out", "x"), ("run",), ("cosim",), ("estimate",)])
+@pytest.mark.parametrize(
+    "command", [("compress", "--method", "dense", "--out", "x"), ("run",), ("cosim",), ("estimate",)]
+)
 def test_missing_model(capsys, tmp_path, command):
     name, *rest = command
     assert "gone.onnx" in refused(capsys, name, tmp_path / "gone.onnx", *rest)
@@ -181,7 +213,9 @@ def test_unknown_method(capsys, tmp_path):
 
 
 def test_unknown_layer(capsys, package):
-    assert "layer must be a layer of digits" in refused(capsys, "cosim", package, "--config", "tiny", "--layer", "conv9")
+    assert "layer must be a layer of digits" in refused(
+        capsys, "cosim", package, "--config", "tiny", "--layer", "conv9"
+    )
 
 
 def test_method_for_a_package(capsys, package):
@@ -198,8 +232,9 @@ def test_nan_data(capsys, package, tmp_path):
     assert "must be finite" in refused(capsys, "run", package, "--input", tmp_path / "x.npy")
 
 
-@pytest.mark.parametrize("words", [("--stall", "1.5"), ("--latency", "0"), ("--latency", "200000"), ("--images", "x"),
-                                   ("--bogus",)])
+@pytest.mark.parametrize(
+    "words", [("--stall", "1.5"), ("--latency", "0"), ("--latency", "200000"), ("--images", "x"), ("--bogus",)]
+)
 def test_bad_argument(capsys, package, words):
     assert refused(capsys, "cosim", package, "--config", "tiny", *words)
 
@@ -218,6 +253,7 @@ def test_unwritable_output(capsys, tmp_path, package):
 @pytest.mark.parametrize("tool", ["verilator", "g++"])
 def test_missing_tool(capsys, package, monkeypatch, tmp_path, tool):
     from gen import tools
+
     monkeypatch.setenv("SUMMAND_BUILD", str(tmp_path))
     monkeypatch.setattr(build, "rtl", lambda config, progress=None: "module summand_tiny; endmodule\n")
 
@@ -225,6 +261,7 @@ def test_missing_tool(capsys, package, monkeypatch, tmp_path, tool):
         if name == tool:
             raise tools.ToolMissing(f"is needed and not found; {tools._INSTALL[name]}", field=name)
         return name
+
     monkeypatch.setattr(build, "find", find)
     assert f"{tool} is needed and not found; " in refused(capsys, "cosim", package, "--config", "tiny")
 
@@ -232,6 +269,12 @@ def test_missing_tool(capsys, package, monkeypatch, tmp_path, tool):
 def test_installed_command_needs_no_folder(tmp_path):
     """`summand` works from any folder, and with standard input closed."""
     command = Path(sys.prefix, "bin", "summand")
-    done = subprocess.run([command, "cosim", "gone.onnx"], cwd=tmp_path, capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, check=False)
+    done = subprocess.run(
+        [command, "cosim", "gone.onnx"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
     assert done.returncode == 2 and done.stderr == "summand: gone.onnx: must be an existing ONNX file or package\n"

@@ -79,7 +79,9 @@ def cell_counts(text, top, *, flatten=False, minimize=True):
         )
         if done.returncode:
             raise LintError(f"yosys synthesis of {top}:\n{(done.stdout + done.stderr)[-2000:]}")
-        gates, memories = (json.loads(Path(folder, name).read_text())["modules"] for name in ("stat.json", "memories.json"))
+        gates, memories = (
+            json.loads(Path(folder, name).read_text())["modules"] for name in ("stat.json", "memories.json")
+        )
     for name, module in gates.items():      # in the end memories are cells, whose bits the statistics leave out
         module["num_memory_bits"] = memories[name]["num_memory_bits"]
     return summarize(gates, top)

@@ -25,7 +25,8 @@ of equal steps; within these, closed forms.
 * **Read bus**: one burst per cycle, ``outstanding_reads`` from issue to the last beat's use; a beat that is not used
   stops those behind it, two cycles later.
 * **Execute**: a step is offered ``n + 1`` cycles after its n beats of weights can begin: 3 cycles after the step
-  before began, and 4 after the last tile was swapped in. It takes a cycle per pixel, at least two.
+  before began, and 4 after the last tile was swapped in. It takes a cycle per pixel. (The second cycle of a single
+  pixel hides behind the table read, as no step follows another within less than 3.)
 * **Store**: parameters are read ahead; a run begins when the one before has left the requantiser. A pixel per cycle
   through a pipeline that stops as a whole while a beat waits for its burst to be issued; a burst per cycle is issued,
   ``outstanding_writes`` from issue to acknowledgement.
@@ -64,8 +65,6 @@ STEP_TABLE = 3
 STEP_SWAP = 4
 #: From the last weight beat's read to the step's offer: one cycle until it has arrived.
 STEP_OFFER = 2
-#: Shortest step: a single pixel waits for its own accumulator.
-STEP_LEAST = 2
 #: From the issue of a pixel to its accumulator: address, scratchpad, array, accumulator, token.
 EXECUTE_LATENCY = 7
 #: Stages of the requantiser; pixels in it, and the two before it (the accumulator's register), move together.
@@ -339,7 +338,7 @@ class _Queue:
         self.depth, self.written, self.moved, self.taken = depth, [], [], []
 
     def _move(self):
-        """Times at which words enter the output register (without one: the later of written and the word before taken)."""
+        """When words enter the output register (without one: the later of written and the word before taken)."""
         moved, taken, written = self.moved, self.taken, self.written
         n = len(moved)
         while n < len(written) and n <= len(taken):
@@ -454,9 +453,6 @@ class _Run:
             out[giver] = given[n]
         return out
 
-    def _take(self, i, giver):
-        self.spent[giver, i.unit] += 1
-
     # -- fetch and command ---------------------------------------------------------------------------------------------
     def _fetch(self):
         """The next request, when the one before is split and there is room for its instructions."""
@@ -477,7 +473,7 @@ class _Run:
         return True
 
     def _discard(self):
-        """END waits for what was requested behind it, and throws it away; ``done`` so far: when nothing else is left."""
+        """END waits for what was requested behind it and throws it away; so far ``done``: when all else is over."""
         end = self.done
         if not self.to_request and self.granted == self.pc:
             return
@@ -579,7 +575,7 @@ class _Run:
             self.count["LOAD_WAIT_TOKEN"] += max(0, token - shown)
             i.begin = at = max(shown, self.address_free, token, room)
             for giver in i.waits:
-                self._take(i, giver)
+                self.spent[giver, i.unit] += 1
             queue.taken.append(at)
             self.pending.written.append(at)
             self.load_next += 1
@@ -662,7 +658,7 @@ class _Run:
             if tokens is None:
                 return moved
             for giver in i.waits:
-                self._take(i, giver)
+                self.spent[giver, i.unit] += 1
             self._run_steps(i, shown, tokens.get(Unit.LOAD, 0), tokens.get(Unit.STORE, 0))
             queue.taken.append(i.begin)
             self.execute_next += 1
@@ -676,19 +672,18 @@ class _Run:
         idle = max(ready, self.issue_end + 1)           # until then the EXECUTE before still streams
         count["EXECUTE_WAIT_LOAD"] += max(0, load - idle)
         count["EXECUTE_WAIT_STORE"] += max(0, store - max(idle, load))
-        length = max(pixels, STEP_LEAST)
         at, end, free = begin, self.step_end, self.shadow_free
         for steps, beats in i.groups:
             if beats < 0:
                 offer = at + STEP_TABLE
                 at = offer if offer > end else end
-                at += (steps - 1) * max(length, STEP_TABLE)
+                at += (steps - 1) * max(pixels, STEP_TABLE)
             else:
                 offer = max(at + STEP_TABLE, free) + beats + STEP_OFFER - 1
                 at = offer if offer > end else end
-                at += (steps - 1) * max(length, STEP_SWAP + beats + STEP_OFFER - 1)
+                at += (steps - 1) * max(pixels, STEP_SWAP + beats + STEP_OFFER - 1)
                 free = at + STEP_SWAP
-            end = at + length
+            end = at + pixels
         steps = i.f["steps"]
         count["EXECUTE_ISSUE"] += pixels * steps
         count["EXECUTE_WAIT_WEIGHTS"] += at - begin - pixels * (steps - 1) - max(0, self.issue_end - begin)
@@ -713,7 +708,7 @@ class _Run:
             if tokens is None:
                 return moved
             for giver in i.waits:
-                self._take(i, giver)
+                self.spent[giver, i.unit] += 1
             self._run_store(i, tokens.get(Unit.LOAD, 0), tokens.get(Unit.EXECUTE, 0))
             self.store_next += 1
             moved = True

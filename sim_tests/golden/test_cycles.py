@@ -213,8 +213,8 @@ def test_queue_depth_holds_back_dispatch_behind_a_busy_unit():
     ([HEADER, encode(Opcode.LOAD_LINEAR, target=LinearTarget.STEP, beats=2, base=32), END], "inside the table"),
     ([HEADER, encode(Opcode.LOAD_LINEAR, target=LinearTarget.STEP, beats=2, address=0xFF8), END], "the memory image"),
     ([HEADER, encode(Opcode.EXECUTE, rows=1, cols=1, steps=1), END], "step entry 0, which was not loaded"),
-    ([HEADER, encode(Opcode.LOAD_LINEAR, target=LinearTarget.STEP, beats=2), encode(Opcode.EXECUTE, rows=1, cols=1, steps=1),
-      END], "step entry 0, whose pattern is not supported")])
+    ([HEADER, encode(Opcode.LOAD_LINEAR, target=LinearTarget.STEP, beats=2),
+      encode(Opcode.EXECUTE, rows=1, cols=1, steps=1), END], "step entry 0, whose pattern is not supported")])
 def test_bad_programs(words, text):
     with pytest.raises(ValueError, match=text):
         predict(TINY, words, memory((5, 0)))

@@ -1,13 +1,15 @@
 """The cycle model against the RTL: random programs and random layers, every counter and every BARRIER to the cycle.
 
-    python -m sim_tests.soak.cycles [CONFIG ...] [--points 2000] [--variants 2] [--seed 1]
+    python -m sim_tests.soak.cycles [CONFIG ...] [--points 2000] [--variants 2] [--seed 1] [--number N]
 
-CONFIG is a name of `sim_tests.hw.configs.CONFIGS` or a preset; without one, all that are small to build. ``--variants``
-adds random configurations (each a Verilator build). Exit status 1 if any number differs.
+CONFIG is a name of `sim_tests.hw.configs.CONFIGS` or of `WIDE`, a preset, or ``variant-SEED-N``, a random one; without
+any, `DEFAULT`. ``--variants`` adds random configurations (each a Verilator build). ``--number``: one point only.
+Each difference prints the command that repeats it; exit status 1 if there is any.
 """
 import argparse
 from dataclasses import dataclass, replace
 import os
+import re
 import sys
 import time
 
@@ -28,7 +30,7 @@ from spec.isa import LinearTarget, Opcode, TileTarget, Unit, encode
 
 LATENCIES = (1, 2, 3, 5, 8, 13, 16, 24, 40, 60, 100, 200)
 #: Places in the memory of random programs: step tables, the program, what STORE writes.
-TABLE, PROGRAM, SPACE, BYTES = 0, 0x8000, 0x14000, 0x20000
+TABLE, PROGRAM, SPACE, BYTES = 0, 0x8000, 0x14000, 0x30000
 _UNITS = (Unit.LOAD, Unit.EXECUTE, Unit.STORE)
 
 
@@ -50,7 +52,7 @@ def simulator(config):
 
 
 class RandomProgram:
-    """Instructions that keep every rule of the hardware, in any order, with any tokens that never fail in program order.
+    """Instructions that keep every rule of the hardware, in any order, with tokens that never fail in program order.
 
     The memory holds zeros but for step tables, so that no sum overflows; the cycles do not depend on values.
     """
@@ -110,8 +112,10 @@ class RandomProgram:
         self.entries, stride = self.config.memory.step_entries, z.step_beats * z.beat_bytes
         self.tables = []
         for number in range(2):
-            held, ns = rng.random(), rng.permutation([p.n for p in s.patterns])[:int(rng.integers(1, len(s.patterns) + 1))]
-            table = [(int(rng.choice(ns)).bit_length() - 1, int(rng.random() < held * held)) for _ in range(self.entries)]
+            held, ns = rng.random(), rng.permutation([p.n for p in s.patterns])
+            ns = ns[:int(rng.integers(1, len(ns) + 1))]
+            table = [(int(rng.choice(ns)).bit_length() - 1, int(rng.random() < held * held))
+                     for _ in range(self.entries)]
             for n, (n_log2, hold) in enumerate(table):
                 word = step_entry(s.taps).pack(offset=[0] * s.taps, enable=[1] + [0] * (s.taps - 1), n_log2=n_log2,
                                                segments_log2=0, hold=hold)
@@ -135,12 +139,15 @@ class RandomProgram:
         grain, blocks = (1, z.residual_units) if residual else (z.group_blocks, z.activation_blocks)
         size = 6 if self.small else 40
         planes, rows, cols = self._pick(1, 4), self._pick(1, size), self._pick(1, size if rng.random() < 0.8 else 300)
+        long = rng.random() < 0.02                  # just so many rows and columns that they are no longer one request
+        if long:
+            planes, rows, cols = 1, int(rng.integers(63, 65)), int(rng.integers(255, 257))
         steps = [int(rng.integers(0, max(1, (blocks // grain - 1) // (4 * max(n, 1)) + 1))) * grain
                  for n in (planes, rows, cols)]
         last = sum(step * (n - 1) for step, n in zip(steps, (planes, rows, cols)))
         if last >= blocks:
             return
-        row_stride = cols if rng.random() < 0.4 else int(rng.integers(0, 2 * cols + 2))
+        row_stride = cols if long or rng.random() < 0.4 else int(rng.integers(0, 2 * cols + 2))
         plane_stride = int(rng.integers(0, 400))
         units = (planes - 1) * plane_stride + (rows - 1) * row_stride + cols
         room = (BYTES - SPACE) // z.unit_bytes - units
@@ -245,67 +252,88 @@ def differences(config, executable, point):
                   write_latency_cycles=point.write_latency, program_offset=point.program)
     pairs = {"cycles": (got.cycles, run.cycles)}
     pairs |= {name: (value, run.registers[name]) for name, value in got.counters.items()}
-    pairs["marks"] = ([(s.mark, s.cycle, s.read_beats, s.write_beats, *s.execute) for s in got.segments],
-                      [(m["mark"], m["cycle"], m["read_beats"], m["write_beats"], *m["execute"][:5]) for m in run.marks])
+    pairs["marks"] = (
+        [(b.mark, b.cycle, b.read_beats, b.write_beats, *b.execute) for b in got.segments],
+        [(b["mark"], b["cycle"], b["read_beats"], b["write_beats"], *b["execute"][:5]) for b in run.marks])
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}, run.cycles
 
 
+def point(config, seed, number):
+    """Point ``number`` of a seed: three random programs for every random layer; None where there is none."""
+    return layer_point(config, seed, number) if number % 4 == 3 else program_point(config, seed, number)
+
+
 def points(config, seed, count):
-    """``count`` points: three random programs for every random layer."""
+    """(number, point) of the first ``count`` points of a seed."""
     number = 0
     while count:
-        point = layer_point(config, seed, number) if number % 4 == 3 else program_point(config, seed, number)
-        number += 1
-        if point is not None:
+        if (made := point(config, seed, number)) is not None:
             count -= 1
-            yield point
+            yield number, made
+        number += 1
 
 
 def random_config(rng):
     """A variant of tiny: bus, bursts, limits, queues, depths."""
     tiny, pick = CONFIGS["tiny"], lambda *values: int(rng.choice(values))
-    bits = pick(32, 64, 256)
+    bits = pick(32, 64)
     return replace(
-        tiny, structured=replace(tiny.structured, accumulator_depth=pick(4, 16, 64)),
-        bus=BusConfig(data_bits=bits, burst_beats=pick(1, 2, 4, 16, 64, 4096 // (bits // 8) if bits > 64 else 256),
+        tiny, structured=replace(tiny.structured, accumulator_depth=pick(4, 16, 64), taps=pick(1, 2)),
+        bus=BusConfig(data_bits=bits, burst_beats=pick(1, 2, 4, 16, 64, 256),
                       outstanding_reads=pick(1, 2, 3, 8, 16), outstanding_writes=pick(1, 2, 3, 8, 16)),
         control=ControlConfig(queue_depth=pick(2, 4, 8), fetch_depth=pick(2, 4, 8, 16), watchdog_cycles=1_000_000))
 
 
-def soak(config, *, seed, count):
-    """(points compared, [(point, differences)], cycles simulated) of one configuration."""
-    executable, wrong, cycles = simulator(config), [], 0
-    for point in points(config, seed, count):
-        bad, spent = differences(config, executable, point)
-        cycles += spent
-        if bad:
-            wrong.append((point, bad))
-    return count, wrong, cycles
+def _wide(bits, columns, slots, **control):
+    tiny = CONFIGS["tiny"]
+    return replace(
+        tiny, structured=replace(tiny.structured, columns=columns, slots=slots),
+        memory=replace(tiny.memory, activation_bytes=8192, weight_bytes=4096, residual_bytes=1024),
+        bus=BusConfig(data_bits=bits, burst_beats=4096 // (bits // 8), outstanding_reads=3, outstanding_writes=3),
+        control=ControlConfig(watchdog_cycles=1_000_000, **control))
+
+
+#: Buses as wide as an instruction, and wider.
+WIDE = {"wide128": _wide(128, 8, 4, queue_depth=2, fetch_depth=2),
+        "wide256": _wide(256, 8, 8, queue_depth=8, fetch_depth=16),
+        "wide512": _wide(512, 16, 8, queue_depth=4, fetch_depth=8)}
+#: Configurations of a run without names.
+DEFAULT = ("tiny", "bus32", "groups", "dense", "block8", "wide128", "wide256")
+
+
+def configuration(name):
+    """Config of a name. Raises InputError for an unknown one."""
+    if match := re.fullmatch(r"variant-(\d+)-(\d+)", name):
+        return random_config(np.random.default_rng([int(match[1]), int(match[2])]))
+    return CONFIGS.get(name) or WIDE.get(name) or load(name)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m sim_tests.soak.cycles", description=__doc__.split("\n")[0])
-    parser.add_argument("configs", nargs="*", metavar="CONFIG", help="names of test configurations or presets")
+    parser.add_argument("configs", nargs="*", metavar="CONFIG", help=f"default: {' '.join(DEFAULT)}")
     parser.add_argument("--points", type=int, default=2000, help="over all configurations")
-    parser.add_argument("--variants", type=int, default=0, help="random configurations beside them")
+    parser.add_argument("--variants", type=int, default=0, help="random configurations besides")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--number", type=int, help="compare this point only")
     args = parser.parse_args(argv)
     os.nice(10)
-    names = args.configs or (["tiny", "bus32", "bus256", "groups", "dense", "block8"] if not args.variants else [])
-    configs = {name: CONFIGS.get(name) or load(name) for name in names}
-    rng = np.random.default_rng(args.seed)
-    configs |= {f"variant {n}": random_config(rng) for n in range(args.variants)}
+    names = [*(args.configs or DEFAULT), *(f"variant-{args.seed}-{n}" for n in range(args.variants))]
     total = failed = 0
-    for name, config in configs.items():
-        began = time.monotonic()
-        count, wrong, cycles = soak(config, seed=args.seed, count=-(-args.points // len(configs)))
-        total, failed = total + count, failed + len(wrong)
-        print(f"{name}: {count} points, {cycles} cycles, {len(wrong)} differ, {time.monotonic() - began:.0f} s", flush=True)
-        if name.startswith("variant"):
-            print(f"    {config.bus} {config.control} accumulator_depth={config.structured.accumulator_depth}")
-        for point, bad in wrong[:5]:
-            print(f"    {point.what}, latency {point.latency}, write latency {point.write_latency}: {bad}")
-    print(f"{total} points, {failed} differ")
+    for name in names:
+        config, began, cycles, wrong = configuration(name), time.monotonic(), 0, 0
+        executable, each = simulator(config), -(-args.points // len(names))
+        chosen = points(config, args.seed, each) if args.number is None else \
+            [(args.number, point(config, args.seed, args.number))]
+        for number, made in chosen:
+            bad, spent = differences(config, executable, made)
+            total, cycles = total + 1, cycles + spent
+            if bad:
+                wrong += 1
+                print(f"    {made.what}, latency {made.latency}, write latency {made.write_latency}: {bad}\n"
+                      f"    repeat with: python -m sim_tests.soak.cycles {name} --seed {args.seed} --number {number}")
+        failed += wrong
+        print(f"{name}: {cycles} cycles, {wrong} points differ, {time.monotonic() - began:.0f} s", flush=True)
+    print(f"{total} points of cycle predictions compared with the RTL, {failed} differ")
     return int(failed > 0)
 
 

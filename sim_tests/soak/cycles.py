@@ -239,14 +239,18 @@ def layer_point(config, seed, number):
                  count=lowered.instruction_count, **_latencies(rng))
 
 
-def differences(config, executable, point):
-    """{what: (predicted, measured)} where the model and the RTL differ, and the cycles measured.
+def measure(executable, point):
+    """The RTL's `Run` of a point."""
+    return simulate(executable, point.memory, program=point.program, count=point.count, latency=point.latency,
+                    write_latency=point.write_latency, limit=20_000_000).check()
+
+
+def differences(config, point, run):
+    """{what: (predicted, measured)} where the model and the RTL differ.
 
     Compared: cycles, every counter register, and per BARRIER its number, its cycle, the beats and execute states since
     the one before.
     """
-    run = simulate(executable, point.memory, program=point.program, count=point.count, latency=point.latency,
-                   write_latency=point.write_latency, limit=20_000_000).check()
     words = program_words(config, point.memory, point.program, point.count)
     got = predict(config, words, point.memory, memory_latency_cycles=point.latency,
                   write_latency_cycles=point.write_latency, program_offset=point.program)
@@ -255,7 +259,7 @@ def differences(config, executable, point):
     pairs["marks"] = (
         [(b.mark, b.cycle, b.read_beats, b.write_beats, *b.execute) for b in got.segments],
         [(b["mark"], b["cycle"], b["read_beats"], b["write_beats"], *b["execute"][:5]) for b in run.marks])
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}, run.cycles
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def point(config, seed, number):
@@ -325,9 +329,9 @@ def main(argv=None):
         chosen = points(config, args.seed, each) if args.number is None else \
             [(args.number, point(config, args.seed, args.number))]
         for number, made in chosen:
-            bad, spent = differences(config, executable, made)
-            total, cycles = total + 1, cycles + spent
-            if bad:
+            run = measure(executable, made)
+            total, cycles = total + 1, cycles + run.cycles
+            if bad := differences(config, made, run):
                 wrong += 1
                 print(f"    {made.what}, latency {made.latency}, write latency {made.write_latency}: {bad}\n"
                       f"    repeat with: python -m sim_tests.soak.cycles {name} --seed {args.seed} --number {number}")

@@ -60,7 +60,8 @@ def nearest(rng, columns, accumulator, *, tie):
     residuals = rng.integers(-128, 128, (8, columns)).tolist()
     accs = np.zeros((8, columns), int)
     for column in range(columns):
-        shift = int(rng.integers(0, min(12, accumulator.bits - 18) + 1)) if tie else 0
+        # Half of them without shift: then the lowest bits of the product decide too.
+        shift = int(rng.integers(0, min(12, accumulator.bits - 18) + 1)) if tie and rng.random() < 0.5 else 0
         multiplier = 2 * int(rng.integers(0, 60)) + 1 if tie else 16384
         chosen["parameters"][column] = (int(rng.integers(-500, 500)), multiplier, shift)
         period = 1 << FRACTION_BITS + shift

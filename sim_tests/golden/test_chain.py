@@ -151,7 +151,10 @@ def test_quantised_chain_stays_near_the_float_one(rng):
     errors = {}
     for bits in ((8, 8, 8), (16, 16, 8)):
         q = quantize_chain(chain, x, scale=scale, zero_point=zero, output_scale=out_scale, bits=bits, bias=bias)
-        got = q.run(x)[-1].output * out_scale
+        points = q.run(x)
+        for point, width in zip(points[:2], bits):           # intermediates use their whole format
+            assert 0.97 <= np.abs(point.output.astype(int)).max() / (2 ** (width - 1) - 1) <= 1
+        got = points[-1].output * out_scale
         errors[bits] = np.abs(got - wanted).max()
         # The error of a stage's result: its own rounding, its weights' rounding, and what came in.
         bound, value = 0.0, (x.astype(np.int64) - zero) * scale

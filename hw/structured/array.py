@@ -62,7 +62,7 @@ class StructuredArray(wiring.Component):
             "stream": In(data.ArrayLayout(8 * s.block, sizes.stream_blocks)),
             "n_log2": In(3), "swap": In(1), "en": In(1),
             "load_data": In(config.bus.data_bits), "load_value": In(1), "load_index": In(1),
-            "load_word": In(range(max(sizes.value_beats, sizes.index_beats))),
+            "load_word": In(range(max(sizes.value_beats, sizes.index_beats, 2))),
             "sums": Out(data.ArrayLayout(Shape(sizes.column_sum.bits, True), s.columns))})
 
     def elaborate(self, platform):

@@ -44,7 +44,7 @@ class WeightLoader(wiring.Component):
             "weight_en": Out(1), "weight_address": Out(range(sizes.weight_beats)),
             "weight_data": In(config.bus.data_bits),
             "load_data": Out(config.bus.data_bits), "load_value": Out(1), "load_index": Out(1),
-            "load_word": Out(range(max(sizes.value_beats, sizes.index_beats))),
+            "load_word": Out(range(max(sizes.value_beats, sizes.index_beats, 2))),
             "shadow_free": In(1), "busy": Out(1), "error": Out(error_layout())})
 
     def elaborate(self, platform):

@@ -22,6 +22,7 @@ from sim_tests.bench import build
 from sim_tests.bench.simulation import simulate
 from sim_tests.hw.configs import CONFIGS
 from sim_tests.lowering.random_layers import random_network
+from sim_tests.soak import networks
 from spec.config import BusConfig, ControlConfig, load
 from spec.derive import Sizes
 from spec.errors import InputError
@@ -162,7 +163,7 @@ class RandomProgram:
         z, rng = self.sizes, self.rng
         target, words = (LinearTarget.WEIGHT, z.weight_beats) if rng.random() < 0.7 else \
             (LinearTarget.PARAMETER, z.parameter_words)
-        beats = self._pick(1, words)
+        beats = self._pick(1, min(words, (BYTES - SPACE) // z.beat_bytes - 1))
         address = SPACE + int(rng.integers((BYTES - SPACE) // z.beat_bytes - beats)) * z.beat_bytes
         self.add(Opcode.LOAD_LINEAR, Unit.LOAD, target=target, beats=beats, address=address,
                  base=int(rng.integers(words - beats + 1)))
@@ -228,10 +229,11 @@ def program_point(config, seed, number):
 
 
 def layer_point(config, seed, number):
-    """A point of one lowered random layer; None if the configuration does not support it."""
+    """A point of one to three lowered random layers; None if the configuration does not support one."""
     rng = np.random.default_rng([seed, number, 1])
     try:
-        network, _ = random_network(rng, config.structured.block)
+        parts = [random_network(rng, config.structured.block)[0] for _ in range(int(rng.integers(1, 4)))]
+        network = networks.merged(parts)
         lowered = lower(network, config, batch=int(rng.integers(1, 4)))
     except InputError:
         return None
@@ -268,7 +270,7 @@ def point(config, seed, number):
 
 
 def points(config, seed, count):
-    """(number, point) of the first ``count`` points of a seed."""
+    """(number, point) for the first ``count`` points of a seed."""
     number = 0
     while count:
         if (made := point(config, seed, number)) is not None:
@@ -278,7 +280,9 @@ def points(config, seed, count):
 
 
 def random_config(rng):
-    """A variant of tiny: bus, bursts, limits, queues, depths."""
+    """Bus, bursts, limits, queues, depths: a variant of tiny, or of more kinds (`sim_tests.soak.networks`)."""
+    if rng.integers(2):
+        return networks.random_config(rng)
     tiny, pick = CONFIGS["tiny"], lambda *values: int(rng.choice(values))
     bits = pick(32, 64)
     return replace(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compress import arrays, demo, engine, methods, onnx_import, permute, tasder
+from compress import arrays, demo, engine, factorize, methods, onnx_import, permute, tasder
 from compress import graph as graphs
 from compress.quantize import Calibration, Quantizer, random_calibration
 from spec import config as configs
@@ -57,7 +57,8 @@ def compress_model(model, method="dense", *, config=None, calibration=None, vali
 
     Args:
         model: path of the ONNX file.
-        method: method string, recipe file (.yaml), `methods.Recipe`; ``tasder`` searches per layer.
+        method: method string, recipe file (.yaml), `methods.Recipe`; ``tasder`` searches per layer; ``svd:F``, ``tucker:F``
+            and ``tt:F`` replace layers by low-rank chains first (`compress.factorize`).
         config: Config, preset name or file; needed by ``tasder`` only (it gives the supported patterns).
         calibration, validation: see `load_samples`. ``tasder`` judges accuracy on the labelled ``validation`` data,
             which must not be the data that the final accuracy is reported on; without it, on labelled calibration data.
@@ -68,19 +69,24 @@ def compress_model(model, method="dense", *, config=None, calibration=None, vali
         progress: called with (step, fraction 0..1).
     Returns: Network. Raises: InputError.
     """
-    plan = methods.recipe(method)
+    chains = factorize.parse(method)
+    plan = methods.recipe("dense" if chains else method)
     graph = onnx_import.load(model)
     x, labels, source = load_samples(calibration, graph, limit=MAX_SAMPLES)
     plan.check([n.name for n in graph.convolutions])
     if plan.default.searched and config is None:
         raise InputError("tasder needs a configuration: its patterns are the candidates", field="method")
     provenance = {"source": Path(model).name, "data_is_random": calibration is None}
+    if chains:
+        graph, provenance["factorization"] = factorize.factorize(graph, chains, x, progress=progress)
     if permutation:
         target = methods.parse("nm:2:4") if not plan.default.patterns else plan.default
         graph, facts = permute.permute(graph, target, rng=np.random.default_rng(seed), progress=progress)
         provenance["permutation"] = facts | {"seed": seed}
     quantizer = Quantizer(graph, Calibration(x=x, source=source), observer=observer, percentile=percentile,
                           bias_correction=bias_correction, progress=progress)
+    if chains:
+        return _named_chains(quantizer.network(plan, provenance=provenance), chains)
     if not plan.default.searched:
         return quantizer.network(plan, provenance=provenance)
     settings = config if isinstance(config, configs.Config) else configs.load(config)
@@ -95,3 +101,11 @@ def compress_model(model, method="dense", *, config=None, calibration=None, vali
     network = quantizer.network(result.recipe, provenance=provenance)
     facts = network.provenance["method"] | {"method": "tasder", "search": result.facts | {"split": split}}
     return replace(network, provenance=network.provenance | {"method": facts})
+
+
+def _named_chains(network, chains):
+    """The network with the stages of its chains called by their method."""
+    made = network.provenance["factorization"]["layers"]
+    names = {f"{name}.{n}" for name, facts in made.items() if "ranks" in facts for n in range(1, len(facts["ranks"]) + 2)}
+    layers = tuple(replace(layer, format=str(chains)) if layer.name in names else layer for layer in network.layers)
+    return replace(network, layers=layers)

@@ -18,8 +18,9 @@ MAX_ELEMENTS = 1 << 26
 MAX_KERNEL = 1024
 MAX_TERMS = 8
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]{0,63}", re.ASCII)
-#: Formats a layer may name; the patterns themselves are in the terms.
-FORMAT = re.compile(r"dense|nm:\d{1,2}:\d{1,2}|tasd:\d{1,2}:\d{1,2}(\+\d{1,2}:\d{1,2}){0,7}", re.ASCII)
+#: Formats a layer may name; the patterns themselves are in the terms. A stage of a chain is dense in itself.
+FORMAT = re.compile(r"dense|nm:\d{1,2}:\d{1,2}|tasd:\d{1,2}:\d{1,2}(\+\d{1,2}:\d{1,2}){0,7}"
+                    r"|(svd|tucker|tt):\d{1,4}(\.\d{1,6})?", re.ASCII)
 
 
 def integer(value, lo, hi, field):
@@ -133,8 +134,10 @@ def _convolution(layer, source, where):
     if not 1 <= len(layer.terms) <= MAX_TERMS:
         raise InputError(f"must have 1..{MAX_TERMS} terms", field=f"{where} terms", value=len(layer.terms))
     if not isinstance(layer.format, str) or not FORMAT.fullmatch(layer.format):
-        raise InputError("must be dense, nm:N:M or tasd:N:M+N:M…", field=f"{where} format", value=layer.format)
-    written = [] if layer.format == "dense" else layer.format.partition(":")[2].split("+")
+        raise InputError("must be dense, nm:N:M, tasd:N:M+N:M…, svd:F, tucker:F or tt:F", field=f"{where} format",
+                         value=layer.format)
+    kind, _, rest = layer.format.partition(":")
+    written = rest.split("+") if kind in ("nm", "tasd") else []
     if written:
         _same(f"{where} format", written, [str(t.pattern) for t in layer.terms], "the patterns of its terms")
     elif any(not t.dense for t in layer.terms):

@@ -99,7 +99,7 @@ def test_parsed_method():
 
 
 @pytest.mark.parametrize("text,reason", [
-    ("", "must be dense, nm:N:M, tasd:N:M+N:M… or tasder"), ("nm", "must be dense"), ("tasd", "must be dense"),
+    ("", "must be dense, nm:N:M, tasd:N:M+N:M…, tasder, svd:F"), ("nm", "must be dense"), ("tasd", "must be dense"),
     ("denes", "did you mean dense?"), ("nmm:2:4", "did you mean nm?"), ("nm:5:4", "must be an N:M pattern"),
     ("nm:0:4", "must be an N:M pattern"), ("nm:2:4:8", "must be an N:M pattern"), ("nm:2:4+1:4", "nm must have one"),
     ("tasd:2:4+", "must be an N:M pattern"), ("tasd:" + "+".join(["1:8"] * 9), "at most 8 terms"),

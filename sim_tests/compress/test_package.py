@@ -226,7 +226,7 @@ TREES = [
     (lambda n: n["layers"][1]["terms"][0].update(pattern="5:4"), "must be an N:M pattern"),
     (lambda n: n["layers"][1]["terms"][0].update(pattern="1:4"), "the patterns of its terms"),
     (lambda n: n["layers"][1].update(format="dense"), "must name the patterns of its terms"),
-    (lambda n: n["layers"][1].update(format="basis:6"), "must be dense, nm:N:M or tasd"),
+    (lambda n: n["layers"][1].update(format="basis:6"), "must be dense, nm:N:M, tasd:N:M"),
     (lambda n: n["layers"][1].update(kind="deconvolution"), "must be convolution, pool or add"),
     (lambda n: n["layers"][0]["requantization"].update(low=3, high=2), "must be at most high"),
     (lambda n: n["layers"][0]["requantization"].update(bias="nowhere.npy"), "must name a member"),

@@ -15,13 +15,13 @@ class LittleProgram:
 
     ``memory``: uint8 image with the program in it; ``program``, ``count``: where and how long; ``words``: the
     instructions; ``outputs``: (first byte, bytes) that a good run changes; ``steps``: (first byte, bytes)
-    of the step table.
+    of the step table. ``start``: bytes left free at the beginning.
     """
 
-    def __init__(self, config, rng):
+    def __init__(self, config, rng, *, start=0):
         s, z = config.structured, Sizes(config)
         assert s.block == s.columns == s.slots == 4 and s.taps == 2, "made for tiny"
-        self.config, self.sizes, self.memory = config, z, bytearray()
+        self.config, self.sizes, self.memory = config, z, bytearray(start)
         unit = z.unit_bytes
         x = self._put(rng.integers(0, 256, 2 * 16 * unit, np.uint8))            # two channel groups of 4 x 4
         residual = self._put(rng.integers(0, 256, 3 * 3 * unit, np.uint8))

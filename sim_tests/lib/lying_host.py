@@ -60,7 +60,7 @@ class LyingHost(Host):
 
     async def outcome(self, limit):
         """Wait for the interrupt, at most ``limit`` cycles; (Error, address)."""
-        for cycle in range(limit):
+        for _ in range(limit):
             await RisingEdge(self.dut.clk)
             if self.dut.irq.value:
                 break

@@ -1,7 +1,7 @@
 """The structured engine with its memories around it, which a test fills through their write ports."""
 from amaranth.hdl import Module
 from amaranth.lib import stream, wiring
-from amaranth.lib.wiring import In, Out
+from amaranth.lib.wiring import In
 
 from hw.layouts import instruction_layout
 from hw.memory.ram import Ram

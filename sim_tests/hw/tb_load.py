@@ -99,7 +99,7 @@ class Memory:
 
 def random_tile(config, rng, target=None):
     """A LOAD_TILE of any loop shape inside memory and scratchpad; no place is written twice."""
-    z, s = Sizes(config), config.structured
+    z = Sizes(config)
     target = int(rng.integers(2)) if target is None else target
     space, unit = (z.residual_units, 1) if target == TileTarget.RESIDUAL else (z.activation_blocks, z.group_blocks)
     while True:
@@ -244,7 +244,7 @@ async def tokens_follow_the_last_write(dut):
 async def throughput(dut):
     """One unit, one beat, one scratchpad row per cycle; further instructions follow without waiting for memory."""
     bench = Bench(dut)
-    config, z = bench.config, bench.model.sizes
+    z = bench.model.sizes
     await bench.reset()
     per_beat, unit = z.units_per_beat, z.unit_bytes
     cols = min(32, z.residual_units // 2) // per_beat * per_beat

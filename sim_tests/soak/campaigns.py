@@ -32,9 +32,9 @@ class Campaign:
 CAMPAIGNS = {
     "mac_unit": Campaign(component=MacUnit, config=NARROW, modules=("sim_tests.hw.tb_mac_unit",)),
     "requantize": Campaign(component=Requantizer, modules=("sim_tests.hw.tb_requantize",)),
-    "read_master": Campaign(component=ReadMaster,
-                            modules=("sim_tests.hw.bus.tb_read_faults", "sim_tests.hw.bus.tb_read")),
-    "write_master": Campaign(component=WriteMaster,
-                             modules=("sim_tests.hw.bus.tb_write_faults", "sim_tests.hw.bus.tb_write")),
+    "read_master": Campaign(component=ReadMaster, modules=tuple(
+        f"sim_tests.hw.bus.{name}" for name in ("tb_read_faults", "tb_anywhere", "tb_read"))),
+    "write_master": Campaign(component=WriteMaster, modules=tuple(
+        f"sim_tests.hw.bus.{name}" for name in ("tb_write_faults", "tb_anywhere", "tb_write"))),
     "command": Campaign(component=CommandProcessor, modules=("sim_tests.hw.tb_command",)),
 }

@@ -27,6 +27,8 @@ from sim_tests.soak.campaigns import CAMPAIGNS
 OUT = ROOT / "build" / "soak"
 #: Seconds of wall time after which one test of one mutant counts as a hang, though simulated time stands still.
 STUCK_SECONDS = 120
+#: Seconds of tests, as they take on the good design, that a mutant gets before it is looked at by proof.
+BUDGET_SECONDS = 1.5
 #: Every register becomes an input and an output: what is left is combinational.
 REGISTERS = "memory_map; opt_clean; dffunmap; expose -evert-dff"
 
@@ -91,12 +93,15 @@ def inputs_of(component):
             if member.flow == wiring.In and len(getattr(value, "as_value", lambda v=value: v)())]
 
 
-def run(campaign, name, mutants, folder, *, seed, inputs):
-    """All mutants in one process, and in another one where that crashed. Returns {number: last record}."""
+def run(campaign, name, mutants, folder, *, seed, inputs, numbers, budget):
+    """The mutants ``numbers`` (0 with them) in one process, and in another one where that crashed.
+
+    ``budget``: seconds of tests after which a mutant is left open; 0: none. Returns {number: last record}.
+    """
     runner = build((folder / "mutated.v").read_text(), name, flags=("--no-assert", "-Wno-fatal", "-Wno-UNOPTFLAT"))
     verdicts = folder / "verdicts.jsonl"
-    plan = {"mutants": [0, *(m.number for m in mutants)], "modules": campaign.modules, "inputs": inputs, "seed": seed,
-            "verdicts": str(verdicts), "seconds": STUCK_SECONDS}
+    plan = {"modules": campaign.modules, "inputs": inputs, "seed": seed, "verdicts": str(verdicts),
+            "seconds": STUCK_SECONDS}
     # What was found out before stays true while design, tests and choice are the same: a campaign may be broken off.
     texts = [(folder / "mutated.v").read_text(), json.dumps(plan), campaign.config.digest]
     texts += [(ROOT / (module.replace(".", "/") + ".py")).read_text() for module in campaign.modules]
@@ -104,7 +109,7 @@ def run(campaign, name, mutants, folder, *, seed, inputs):
     if not mark.exists() or mark.read_text() != key:
         verdicts.unlink(missing_ok=True)
         mark.write_text(key)
-    (folder / "plan.json").write_text(json.dumps(plan))
+    (folder / "plan.json").write_text(json.dumps(plan | {"mutants": [0, *numbers], "budget": budget}))
     extra = {"SUMMAND_CONFIG": json.dumps(campaign.config.to_dict()), "SUMMAND_MUTANTS": str(folder / "plan.json"),
              "PYTHONWARNINGS": "error,ignore::DeprecationWarning", "COCOTB_ANSI_OUTPUT": "0",
              "COCOTB_LOG_LEVEL": "CRITICAL"}
@@ -128,7 +133,7 @@ def run(campaign, name, mutants, folder, *, seed, inputs):
             file.write(json.dumps(last | {"kind": "killed", "how": "crash", "why": "the simulation broke off"}) + "\n")
     out = {}
     for record in map(json.loads, verdicts.read_text().splitlines()):
-        if record["kind"] in ("killed", "survived"):
+        if record["kind"] in ("killed", "survived", "open"):
             out[record["mutant"]] = record
     return out
 
@@ -152,13 +157,17 @@ def campaign(name, *, count, seed):
     chosen, folder, began = CAMPAIGNS[name], OUT / name, time.monotonic()
     component = chosen.build()
     mutants = netlist(component, name, folder, count, seed)
-    verdicts = run(chosen, name, mutants, folder, seed=7, inputs=inputs_of(component))
+    setup = {"seed": 7, "inputs": inputs_of(component)}
+    # Most mutants fall at once, and an equal one costs all tests: so first a little time for each, then the proof.
+    verdicts = run(chosen, name, mutants, folder, numbers=[m.number for m in mutants], budget=BUDGET_SECONDS, **setup)
     if verdicts[0]["kind"] != "survived":
         raise RuntimeError(f"{name}: {verdicts[0]['test']} refuses the good design: {verdicts[0]['why']}")
-    survivors = [m for m in mutants if verdicts[m.number]["kind"] == "survived"]
-    same = [m for m in survivors if equal(m, name, folder)]
-    left = [m for m in survivors if m not in same]
-    killed = len(mutants) - len(survivors)
+    alive = [m for m in mutants if verdicts[m.number]["kind"] != "killed"]
+    same = [m for m in alive if equal(m, name, folder)]
+    alive = [m for m in alive if m not in same]
+    verdicts = run(chosen, name, mutants, folder, numbers=[m.number for m in alive], budget=0, **setup)
+    left = [m for m in alive if verdicts[m.number]["kind"] != "killed"]
+    killed = len(mutants) - len(same) - len(left)
     how, tests = {}, {}
     for m in mutants:
         record = verdicts[m.number]

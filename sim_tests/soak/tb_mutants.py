@@ -6,7 +6,8 @@ go to a file instead of an XML report (these are names of cocotb 2.1 that it doe
 
 Environment: SUMMAND_MUTANTS names a JSON file: ``mutants`` (numbers), ``modules``, ``inputs`` (ports that traffic
 before the reset drives at random), ``seed``, ``verdicts`` (file of JSON lines that this module appends to and, after
-a crash, reads again), ``seconds`` (wall time after which a test without end takes the process down).
+a crash, reads again), ``budget`` (seconds of tests after which a mutant is left open;
+0: all tests), ``seconds`` (wall time after which a test without end takes the process down).
 """
 import faulthandler
 import functools
@@ -46,7 +47,7 @@ class Session:
             self.passed.setdefault(k, set()).add(test)
             if k == 0:
                 self.takes[test], self.wall[test] = record["ns"], record["seconds"]
-        elif kind in ("killed", "survived"):
+        elif kind == "killed" or kind == "survived" or kind == "open" and self.plan["budget"]:
             self.done.add(k)
             if test:
                 self.kills[test] += 1
@@ -65,6 +66,8 @@ class Session:
                 self.todo.pop(0)
             elif not left:
                 self.write(kind="survived", mutant=k)
+            elif k and self.plan["budget"] and sum(self.wall[t] for t in self.passed.get(k, ())) > self.plan["budget"]:
+                self.write(kind="open", mutant=k)
             else:
                 name = left[0] if k == 0 else max(
                     left, key=lambda t: (self.kills[t] + 0.5) / (self.wall[t] + 0.003))

@@ -6,7 +6,8 @@ from sim_tests.lib.simulate import run_cocotb
 
 
 @pytest.mark.parametrize("bench, tests, name", [
-    *(("tb_write", 19, name) for name in ("tiny", "wide")), *(("tb_write_faults", 68, name) for name in CONFIGS)])
+    *(("tb_write", 19, name) for name in ("tiny", "wide")), *(("tb_write_faults", 68, name) for name in CONFIGS),
+    *(("tb_anywhere", 12, name) for name in CONFIGS)])
 def test_write_master(bench, tests, name, tmp_path):
     config = CONFIGS[name]
     run_cocotb(WriteMaster(config=config), "write_master", f"sim_tests.hw.bus.{bench}", tests, tmp_path, config)

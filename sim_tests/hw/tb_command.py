@@ -78,6 +78,8 @@ class Rules:
                 [{"address": 1 << k} for k in range(z.beat_bytes.bit_length() - 1, 40)]
         if op == Opcode.FILL:
             return [{"rows": 1 << k} for k in range(12)] + [{"blocks": 1 << k} for k in range(16)]
+        if op == Opcode.BARRIER:
+            return [{"mark": 1 << k} for k in range(16)] + [{"mark": 0xFFFF ^ 1 << k} for k in range(16)]
         pixels = [{"rows": depth >> k, "cols": 1 << k} for k in range(depth.bit_length())] + [
             {"rows": 1 << k, "cols": 1} for k in range(depth.bit_length())] + [{"rows": 1, "cols": 1}]
         if op == Opcode.EXECUTE:
@@ -158,7 +160,7 @@ class World:
                 self.barriers.append((before, word >> 10 & 0xFFFF))
             before += UNIT_OF.get(word & 15, Unit.CONTROL) != Unit.CONTROL
         self.handed, self.asked, self.issued, self.done = 0, 0, [], None
-        self.due, self.free, self.marks, self.requests = deque(), dict.fromkeys(UNITS, -1), [], []
+        self.due, self.free, self.marks, self.requests = deque(), dict.fromkeys(UNITS, (-9, -9)), [], []
         self.starts, self.cycle = {1}, 0
 
     def drive(self, cycle):
@@ -169,7 +171,10 @@ class World:
             dut.program.value, dut.count.value = self.at, self.count
         elif cycle > 1:         # sampled with start, later they may be anything
             dut.program.value, dut.count.value = int(self.rng.integers(1 << 40)), int(self.rng.integers(1 << 32))
-        self.quiet = all(cycle > end for end in self.free.values())
+        # A unit may show one cycle late that it is busy.
+        self.quiet = all(cycle > end or cycle == taken + 1 for taken, end in self.free.values())
+        if self.marks:
+            assert int(dut.mark.value) == self.marks[-1], f"cycle {cycle}: MARK"
         dut.quiet.value = int(self.quiet)
         while self.due and self.due[0][0] <= cycle:
             self.data.words.append(self.due.popleft()[1])
@@ -193,15 +198,18 @@ class World:
         elif port in UNITS:
             self.boards[port].observe(word)
             self.handed += 1
-            self.free[port] = cycle + int(self.rng.integers(1, self.busy, endpoint=True))
+            self.free[port] = cycle, cycle + 1 + int(self.rng.integers(1, self.busy, endpoint=True))
         elif port == "mark_valid":
             before, number = self.barriers.popleft()
-            assert (self.handed, int(self.dut.mark_number.value)) == (before, number) and self.quiet, f"cycle {cycle}"
+            assert (self.handed, int(self.dut.mark_number.value)) == (before, number), f"cycle {cycle}"
+            assert all(cycle > end for _, end in self.free.values()), f"cycle {cycle}: a unit is busy"
             self.marks.append(number)
         elif port == "issued":
             self.issued.append(cycle)
         elif port == "done":
-            assert self.done is None and self.quiet and self.handed == sum(self.planned.values()), f"cycle {cycle}"
+            assert self.done is None and self.handed == sum(self.planned.values()), f"cycle {cycle}"
+            assert all(cycle > end for _, end in self.free.values()), f"cycle {cycle}: a unit is busy"
+            assert not self.due and not self.data.words, f"cycle {cycle}: beats are on their way"
             self.done = cycle
 
     async def run(self, *, begin=start, drain=40, limit=100_000):
@@ -224,7 +232,7 @@ class World:
                 board.close(self.planned[unit])
         assert not self.barriers and self.done is not None
         assert int(dut.error.value) == 0 and int(dut.running.value) == 0
-        assert self.asked == self.count and len(self.issued) == len(self.program)
+        assert len(self.program) <= self.asked <= self.count and len(self.issued) == len(self.program)
         if self.marks:
             assert int(dut.mark.value) == self.marks[-1]
         return self
@@ -287,6 +295,40 @@ async def empty_and_longest_fetches(dut):
 
 
 @cocotb.test(timeout_time=5, timeout_unit="ms")
+async def what_is_fetched_beyond_the_end_is_thrown_away(dut):
+    """PROGRAM_COUNT may be larger than the program, by any bit of it; the next program begins with its own words."""
+    rng, rules = np.random.default_rng(cocotb.RANDOM_SEED), Rules(config_of_run())
+    longer = [*range(12), *(1 << k for k in range(4, 32))]
+    for n, extra in enumerate(longer):
+        program = random_program(rules, rng, int(rng.integers(0, 9)))
+        world = World(dut, program, rng=rng, count=min(len(program) + extra, (1 << 32) - 1), busy=1,
+                      latency=int(rng.integers(1, 9)), idle=float(rng.choice([0, .5])))
+        (await world.run(begin=None if n else start, drain=20)).close()
+
+
+@cocotb.test(timeout_time=5, timeout_unit="ms")
+@cocotb.parametrize(kind=["load", "execute", "store"])
+async def barriers_see_what_is_queued(dut, kind):
+    """Units are idle but take nothing for a while: BARRIER and END wait for what lies in the queues, however much."""
+    rng, config = np.random.default_rng(cocotb.RANDOM_SEED), config_of_run()
+    rules, op = Rules(config), {"load": Opcode.FILL, "execute": Opcode.EXECUTE, "store": Opcode.STORE}[kind]
+    for count in range(config.control.queue_depth + 1):
+        for last in (Opcode.BARRIER, Opcode.END):
+            program = [rules.header(), *(encode(op, **rules.any(op, rng)) for _ in range(count))]
+            program += [encode(last, **rules.any(last, rng))] + [encode(Opcode.END)] * (last == Opcode.BARRIER)
+            world = World(dut, program, rng=rng, busy=1, latency=1)
+            slow = world.units[UNITS.index(kind)]
+            slow.stall = 1.0
+
+            def drive(cycle, drive=world.drive, slow=slow):
+                drive(cycle)
+                slow.stall = float(cycle < 60)
+
+            world.drive = drive
+            (await world.run(begin=reset if count or last == Opcode.END else start, drain=10)).close()
+
+
+@cocotb.test(timeout_time=5, timeout_unit="ms")
 async def meets_its_rate(dut):
     """As fast as beats come: an instruction per ``instruction_beats`` cycles, two at least."""
     rng, config = np.random.default_rng(cocotb.RANDOM_SEED), config_of_run()
@@ -305,7 +347,7 @@ async def meets_its_rate(dut):
 async def every_field_at_its_edge_is_legal(dut):
     rng, rules = np.random.default_rng(cocotb.RANDOM_SEED), Rules(config_of_run())
     program = [rules.header()]
-    for op in Opcode:
+    for op in (o for o in Opcode if o != Opcode.END):
         program += [encode(op, **rules.any(op, rng) | change) for change in rules.edges(op)]
     program.append(encode(Opcode.END))
     (await World(dut, program, rng=rng, busy=1, latency=1).run()).close()

@@ -10,5 +10,5 @@ from sim_tests.lib.simulate import run_cocotb
 
 @pytest.mark.parametrize("name", ["tiny", "bus32", "bus256"])
 def test_command_processor(name, tmp_path, seed):
-    run_cocotb(CommandProcessor(config=CONFIGS[name]), f"command_{name}", "sim_tests.hw.tb_command", 26, tmp_path,
+    run_cocotb(CommandProcessor(config=CONFIGS[name]), f"command_{name}", "sim_tests.hw.tb_command", 30, tmp_path,
                CONFIGS[name], seed=seed)

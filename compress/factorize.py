@@ -1,12 +1,12 @@
 """Low-rank chains: a convolution becomes a chain of smaller ones before quantisation.
 
 `svd:F` (1x1 and fully connected layers), `tucker:F` (Tucker-2) and `tt:F` (tensor train of order 3) write a kernel
-[O, R, S, I] as ``1x1 (I -> r_in) | RxS (r_in -> r_out) | 1x1 (r_out -> O)``, or a matrix as ``I -> r -> O``, with ranks such that
-a layer keeps at most 1/F of its parameters. The stages are ordinary layers from there on: quantised to 8 bits each,
-run on the same array. Without training a factor of 2 or 3 costs much accuracy; the package says how much.
+[O, R, S, I] as ``1x1 (I -> r_in) | RxS (r_in -> r_out) | 1x1 (r_out -> O)``, or a matrix as ``I -> r -> O``, with ranks
+such that a layer keeps at most 1/F of its parameters. The stages are ordinary layers from there on: quantised to 8 bits
+each, run on the same array. Without training a factor of 2 or 3 costs much accuracy; the package says how much.
 
-A layer stays whole, with the reason in the provenance, where it is grouped, where its ranks would fall below `RANK_STEP`, or
-where the chain has no fewer multiplications.
+A layer stays whole, with the reason in the provenance, where it is grouped, where its ranks would fall below
+`RANK_STEP`, or where the chain has no fewer multiplications.
 """
 from dataclasses import dataclass, replace
 
@@ -116,8 +116,8 @@ def factorize(graph, method, x, *, progress=None):
         graph: float graph. method: Factorization. x: calibration samples [N, H, W, C]; they decide, by powers of two,
             how the channels of the intermediates are scaled (the function does not change).
         progress: called with (step, fraction 0..1).
-    Returns: (graph, facts); facts = {"kind", "factor", "layers": {name: ranks, error or the reason for none}}; a chain's
-    nodes are named ``layer.1``, ``layer.2`` …, and the last one makes the layer's tensor, with its clamp and residual.
+    Returns: (graph, facts); facts = {"kind", "factor", "layers": {name: ranks and error, or the reason for none}}; the
+    nodes of a chain are ``layer.1``, ``layer.2`` …; the last one makes the layer's tensor, with its clamp and residual.
     """
     values = graphs.forward(graph, x[:SAMPLES], keep=True)
     nodes, shapes, facts = [], dict(graph.shapes), {}
@@ -152,4 +152,5 @@ def factorize(graph, method, x, *, progress=None):
             shapes[part.output] = graphs.node_shape(part, shapes[tensor])
             nodes.append(part)
             tensor = part.output
-    return replace(graph, nodes=tuple(nodes), shapes=shapes), {"kind": method.kind, "factor": method.factor, "layers": facts}
+    chained = replace(graph, nodes=tuple(nodes), shapes=shapes)
+    return chained, {"kind": method.kind, "factor": method.factor, "layers": facts}

@@ -57,8 +57,8 @@ def compress_model(model, method="dense", *, config=None, calibration=None, vali
 
     Args:
         model: path of the ONNX file.
-        method: method string, recipe file (.yaml), `methods.Recipe`; ``tasder`` searches per layer; ``svd:F``, ``tucker:F``
-            and ``tt:F`` replace layers by low-rank chains first (`compress.factorize`).
+        method: method string, recipe file (.yaml), `methods.Recipe`; ``tasder`` searches per layer; ``svd:F``,
+            ``tucker:F`` and ``tt:F`` replace layers by low-rank chains first (`compress.factorize`).
         config: Config, preset name or file; needed by ``tasder`` only (it gives the supported patterns).
         calibration, validation: see `load_samples`. ``tasder`` judges accuracy on the labelled ``validation`` data,
             which must not be the data that the final accuracy is reported on; without it, on labelled calibration data.
@@ -106,6 +106,7 @@ def compress_model(model, method="dense", *, config=None, calibration=None, vali
 def _named_chains(network, chains):
     """The network with the stages of its chains called by their method."""
     made = network.provenance["factorization"]["layers"]
-    names = {f"{name}.{n}" for name, facts in made.items() if "ranks" in facts for n in range(1, len(facts["ranks"]) + 2)}
+    names = {f"{name}.{n}" for name, facts in made.items() if "ranks" in facts
+             for n in range(1, len(facts["ranks"]) + 2)}
     layers = tuple(replace(layer, format=str(chains)) if layer.name in names else layer for layer in network.layers)
     return replace(network, layers=layers)

@@ -59,7 +59,8 @@ def parse(text, *, field="method"):
     if kind not in ("nm", "tasd") or not rest:
         near = get_close_matches(kind, ("dense", "nm", "tasd", "tasder", "svd", "tucker", "tt"), n=1)
         hint = f" (did you mean {near[0]}?)" if near and near[0] != kind else ""
-        raise InputError(f"must be dense, nm:N:M, tasd:N:M+N:M…, tasder, svd:F, tucker:F or tt:F{hint}", field=field, value=text)
+        raise InputError(f"must be dense, nm:N:M, tasd:N:M+N:M…, tasder, svd:F, tucker:F or tt:F{hint}", field=field,
+                         value=text)
     patterns = tuple(Pattern.parse(p, field=field) for p in rest.split("+"))
     if kind == "nm" and len(patterns) != 1:
         raise InputError("nm must have one pattern; a sum is written tasd:N:M+N:M", field=field, value=text)

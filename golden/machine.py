@@ -323,7 +323,8 @@ class Machine:
             self._residual[target] = data.view(np.int8)
         else:
             if (target % z.group_blocks).any():
-                self._fail(Error.SCRATCHPAD_RANGE, f"activation blocks of a unit must begin at a multiple of {z.group_blocks}")
+                self._fail(Error.SCRATCHPAD_RANGE,
+                           f"activation blocks of a unit must begin at a multiple of {z.group_blocks}")
             target = target[:, None] + np.arange(z.group_blocks)
             self._range("activation block", target.min(), target.max(), z.activation_blocks)
             self._writes("activation", target, vector)
@@ -378,7 +379,8 @@ class Machine:
     def _check_execute(self, f):
         self._check_pixels(f)
         self._require(f["steps"], "steps must be at least 1")
-        self._require(f["step"] + f["steps"] <= len(self._steps), f"steps must end within the {len(self._steps)} entries")
+        self._require(f["step"] + f["steps"] <= len(self._steps),
+                      f"steps must end within the {len(self._steps)} entries")
         self._require(f["operation"] in Operation.__members__.values(), f"operation {f['operation']} is unknown")
 
     def _step_fields(self, f):

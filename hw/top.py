@@ -1,7 +1,7 @@
 """The accelerator: register port, command processor, units, memories and bus masters wired together."""
 from amaranth.hdl import Cat, Module, ResetInserter, Signal
 from amaranth.lib import data, wiring
-from amaranth.lib.wiring import In, Out
+from amaranth.lib.wiring import Out
 
 from hw.bus.axi import lite_slave_signature, master_signature, read_members, write_members
 from hw.bus.read import ReadMaster
@@ -91,7 +91,7 @@ class Accelerator(wiring.Component):
         connect_stream(m, store.data, write.data)
         m.d.comb += store.done.eq(write.done)
 
-        # -- instructions and tokens ------------------------------------------------------------------------------------
+        # -- instructions and tokens ----------------------------------------------------------------------------------
         connect_stream(m, command.load, load.i)
         for name, unit, opcode in (("execute", execute, Opcode.EXECUTE), ("store", store, Opcode.STORE)):
             queue = getattr(command, name)
@@ -112,7 +112,7 @@ class Accelerator(wiring.Component):
             command.count.eq(registers.value("PROGRAM_COUNT")),
             command.quiet.eq(~load.busy & ~execute.busy & store.idle & write.idle)]
 
-        # -- memories ---------------------------------------------------------------------------------------------------
+        # -- memories -------------------------------------------------------------------------------------------------
         m.d.comb += [
             scratchpad.write_en.eq(load.tile_en), scratchpad.write_row.eq(load.tile_row),
             scratchpad.write_mask.eq(load.tile_mask), scratchpad.write_data.eq(load.tile_data),
@@ -151,7 +151,8 @@ class Accelerator(wiring.Component):
             supervisor.start.eq(registers.start), supervisor.soft_reset.eq(registers.soft_reset),
             supervisor.done.eq(command.done), supervisor.bus_idle.eq(read.idle & write.idle),
             supervisor.watchdog_cycles.eq(registers.value("WATCHDOG_CYCLES")),
-            supervisor.progress.eq(read.beat | write.beat | execute.issue | load.writing | store.reading | command.issued),
+            supervisor.progress.eq(
+                read.beat | write.beat | execute.issue | load.writing | store.reading | command.issued),
             registers.busy.eq(supervisor.busy | supervisor.resetting),
             registers.event_done.eq(supervisor.event_done), registers.event_error.eq(supervisor.event_error),
             self.irq.eq(registers.irq),

@@ -77,7 +77,8 @@ class _Section:
                 good = value & (value - 1) == 0
             if not good:
                 kind = "a power of two" if meta["power_of_two"] else "an integer"
-                raise InputError(f"must be {kind} in {meta['lo']}..{meta['hi']} ({meta['unit']})", field=f.name, value=value)
+                raise InputError(f"must be {kind} in {meta['lo']}..{meta['hi']} ({meta['unit']})", field=f.name,
+                                 value=value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,8 @@ class StructuredConfig(_Section):
             if p.m != self.block:
                 raise InputError(f"must all have M = block ({self.block})", field="patterns", value=str(p))
             if p.n & (p.n - 1):
-                raise InputError("must all have N a power of two (other N run as a sum of these)", field="patterns", value=str(p))
+                raise InputError("must all have N a power of two (other N run as a sum of these)", field="patterns",
+                                 value=str(p))
         if len(set(self.patterns)) != len(self.patterns):
             raise InputError("must not repeat a pattern", field="patterns", value=[str(p) for p in self.patterns])
         if Pattern(self.block, self.block) not in self.patterns:
@@ -299,8 +301,8 @@ def load(name_or_path):
         if not path.exists():
             near = get_close_matches(text, presets(), n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
-            raise InputError(f"must be a file or a preset{hint}; presets: {', '.join(presets())}", field="configuration",
-                             value=text)
+            raise InputError(f"must be a file or a preset{hint}; presets: {', '.join(presets())}",
+                             field="configuration", value=text)
     tree = strict_yaml.load(path)
     tree.setdefault("name", re.sub(r"[^a-z0-9_]", "_", path.stem.lower()))
     try:

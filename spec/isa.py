@@ -107,8 +107,8 @@ _BODY = {
         Field("cols", unsigned(14), None, "Units per row, innermost loop; at least 1."),
         Field("plane_stride", unsigned(28), None, "Units in memory from one plane to the next."),
         Field("row_stride", unsigned(20), None, "Units in memory from one row to the next."),
-        Field("base", unsigned(16), None, "First destination address: block (activation; this and the steps are multiples "
-              "of a unit's blocks) or unit (residual)."),
+        Field("base", unsigned(16), None, "First destination address: block (activation; this and the steps are "
+              "multiples of a unit's blocks) or unit (residual)."),
         Field("plane_step", unsigned(16), None, "Destination step between planes (same unit as base)."),
         Field("row_step", unsigned(16), None, "Destination step between rows."),
         Field("col_step", unsigned(16), None, "Destination step between units of a row."),

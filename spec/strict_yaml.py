@@ -75,7 +75,8 @@ def load(path):
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}" if mark else "text"
-        raise InputError(f"must be YAML ({getattr(error, 'problem', None) or 'malformed'})", source=path, field=where) from None
+        raise InputError(f"must be YAML ({getattr(error, 'problem', None) or 'malformed'})", source=path,
+                         field=where) from None
     if not isinstance(tree, dict):
         raise InputError("must be a YAML mapping of fields", source=path)
     return tree

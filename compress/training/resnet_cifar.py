@@ -1,9 +1,10 @@
 """CIFAR ResNets (20, 32, 44, 56, 110 layers) from a published state dict to ONNX.
 
-``python -m compress.training.resnet_cifar resnet20-12fca82f.th --out resnet20.onnx`` reads weights with the keys of He et
-al.'s CIFAR networks (``conv1``, ``bn1``, ``layer1.0.conv1`` …, ``linear``; a prefix ``module.`` is dropped) without running
-any code from the file (``weights_only=True``). The parameter-free shortcut (option A: every second pixel, channels padded with
-zeros on both sides) becomes a 1x1 convolution of stride 2 with an identity in the middle, which is the same function.
+``python -m compress.training.resnet_cifar resnet20-12fca82f.th --out resnet20.onnx`` reads weights with the keys of He
+et al.'s CIFAR networks (``conv1``, ``bn1``, ``layer1.0.conv1`` …, ``linear``; a prefix ``module.`` is dropped) without
+running any code from the file (``weights_only=True``). The parameter-free shortcut (option A: every second pixel,
+channels padded with zeros on both sides) becomes a 1x1 convolution of stride 2 with an identity in the middle, which is
+the same function.
 
 Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
 """
@@ -29,7 +30,8 @@ def load_state(path):
     except Exception as error:       # torch raises many types for damaged files, and documents none of them
         raise InputError(f"must be a PyTorch state dict ({type(error).__name__})", source=path) from error
     raw = raw.get("state_dict", raw) if isinstance(raw, dict) else {}
-    state = {name.removeprefix("module."): value.numpy() for name, value in raw.items() if isinstance(value, torch.Tensor)}
+    state = {name.removeprefix("module."): value.numpy() for name, value in raw.items()
+             if isinstance(value, torch.Tensor)}
     if "conv1.weight" not in state or "linear.weight" not in state:
         raise InputError("must hold a CIFAR ResNet (conv1 … linear)", source=path)
     return state
@@ -56,7 +58,8 @@ def to_onnx(state, name):
     def convolution(key, x, norm, *, stride=1):
         x = node("Conv", key, x, constant(f"{key}.weight", state[f"{key}.weight"]), kernel_shape=[3, 3],
                  strides=[stride] * 2, pads=[1] * 4)
-        parts = (constant(f"{norm}.{p}", state[f"{norm}.{p}"]) for p in ("weight", "bias", "running_mean", "running_var"))
+        parts = (constant(f"{norm}.{p}", state[f"{norm}.{p}"])
+                 for p in ("weight", "bias", "running_mean", "running_var"))
         return node("BatchNormalization", norm, x, *parts, epsilon=1e-5)
 
     x = node("Relu", "relu1", convolution("conv1", "image", "bn1"))

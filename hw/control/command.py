@@ -85,7 +85,8 @@ class CommandProcessor(wiring.Component):
             "load": Out(stream.Signature(INSTRUCTION_BITS)), "execute": Out(stream.Signature(INSTRUCTION_BITS)),
             "store": Out(stream.Signature(INSTRUCTION_BITS)),
             "quiet": In(1),                                     # all units idle, all writes acknowledged
-            "mark": Out(16), "mark_valid": Out(1), "mark_number": Out(16), "issued": Out(1), "error": Out(error_layout())})
+            "mark": Out(16), "mark_valid": Out(1), "mark_number": Out(16),
+            "issued": Out(1), "error": Out(error_layout())})
 
     def elaborate(self, platform):
         m = Module()
@@ -134,14 +135,15 @@ class CommandProcessor(wiring.Component):
         left = Signal(32)                       # instructions from it on
         leave = Signal()
         ending = Signal()                       # END waits until what was fetched beyond it is thrown away
-        m.d.comb += [check.word.eq(fetched.o.payload), fetched.o.ready.eq((~held | ending) & self.running & ~error.valid),
+        m.d.comb += [check.word.eq(fetched.o.payload),
+                     fetched.o.ready.eq((~held | ending) & self.running & ~error.valid),
                      taken.eq(fetched.o.valid & fetched.o.ready)]
         with m.If(taken & ~ending):
             m.d.sync += [word.eq(fetched.o.payload), held.eq(1), known.eq(check.known), legal.eq(check.legal)]
         with m.Elif(leave):
             m.d.sync += [held.eq(0), at.eq(at + instruction_bytes), left.eq(left - 1)]
 
-        # -- dispatch ----------------------------------------------------------------------------------------------------
+        # -- dispatch -------------------------------------------------------------------------------------------------
         def refuse(code):
             m.d.sync += [error.valid.eq(1), error.code.eq(code), error.address.eq(at)]
 

@@ -12,7 +12,8 @@ UNITS = ("load", "execute", "store")
 class Tokens(wiring.Component):
     """``count[a, b] += push_a_b - take_a_b`` for every pair of different units a, b (from a to b).
 
-    ``clear`` empties all counters (a program starts without tokens). ``available_a_b`` is 1 while a token waits. ``overflow`` is held once a counter passes its range.
+    ``clear`` empties all counters (a program starts without tokens). ``available_a_b`` is 1 while a token waits.
+    ``overflow`` is held once a counter passes its range.
     Latency: a token pushed in one cycle is available in the next.
     """
 

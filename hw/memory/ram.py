@@ -47,7 +47,8 @@ class Ram(wiring.Component):
         if isinstance(platform, SharedModules):
             platform.request("summand_ram", lambda: RAM_VERILOG)
             # an address of no bits (a single word) is no port in Verilog
-            write_address, read_address = (a if len(a) else Const(0, 1) for a in (self.write_address, self.read_address))
+            write_address, read_address = (
+                a if len(a) else Const(0, 1) for a in (self.write_address, self.read_address))
             m.submodules.words = Instance(
                 "summand_ram", p_WIDTH=self.width, p_DEPTH=self.depth, p_ADDRESS_BITS=len(write_address),
                 i_clk=ClockSignal(), i_write_en=self.write_en, i_write_address=write_address,

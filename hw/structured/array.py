@@ -36,7 +36,7 @@ class RowMap(wiring.Component):
                         if position < sizes.stream_blocks:
                             m.d.comb += chosen.eq(self.stream[position])
             # operands are stored in bytes whatever their width
-            m.d.comb += Cat(*(self.blocks[slot].as_value().word_select(k, s.activation_bits) for k in range(s.block))).eq(
+            m.d.comb += self.blocks[slot].as_value().eq(
                 Cat(*(chosen[8 * k:8 * k + s.activation_bits] for k in range(s.block))))
         return m
 

@@ -146,6 +146,7 @@ class Streamer(wiring.Component):
                             fixed = position % length
                             candidates = Array(self.read_data[b] for b in range(fixed, banks, length))
                             upper = start[position // length][length.bit_length() - 1:]
-                            m.d.comb += self.stream[position].eq(candidates[upper] if len(candidates) > 1 else candidates[0])
+                            chosen = candidates[upper] if len(candidates) > 1 else candidates[0]
+                            m.d.comb += self.stream[position].eq(chosen)
         m.d.comb += self.busy.eq(active | valid1 | self.valid)
         return m

@@ -49,7 +49,7 @@ class WeightLoader(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        config, s, sizes = self._config, self._config.structured, Sizes(self._config)
+        s, sizes = self._config.structured, Sizes(self._config)
         record = step_entry(s.taps)
         execute = Signal.like(self.i.payload)
         steps_left = Signal(12)

@@ -1,4 +1,5 @@
 """Low-rank chains: the rewritten graph, its ranks, and what is refused."""
+
 import numpy as np
 import pytest
 
@@ -14,23 +15,40 @@ from spec.errors import InputError
 def network(weights, rng, *, stride=(1, 1), pads=(0, 0, 0, 0), dilation=(1, 1), size=(9, 8), groups=1):
     """One convolution with residual-free clamp."""
     channels = weights.shape[3] * groups
-    node = graphs.Conv(name="conv", input="x", output="y", low=0.0, high=6.0, weights=weights.astype(np.float32),
-                       bias=rng.normal(size=len(weights)).astype(np.float32), stride=stride, pads=pads, dilation=dilation,
-                       groups=groups)
+    node = graphs.Conv(
+        name="conv",
+        input="x",
+        output="y",
+        low=0.0,
+        high=6.0,
+        weights=weights.astype(np.float32),
+        bias=rng.normal(size=len(weights)).astype(np.float32),
+        stride=stride,
+        pads=pads,
+        dilation=dilation,
+        groups=groups,
+    )
     shape = (*size, channels)
-    return graphs.Graph(name="one", input="x", output="y", nodes=(node,),
-                        shapes={"x": shape, "y": graphs.node_shape(node, shape)})
+    return graphs.Graph(
+        name="one", input="x", output="y", nodes=(node,), shapes={"x": shape, "y": graphs.node_shape(node, shape)}
+    )
 
 
 def low_rank(rng, outputs, taps, inputs, r_out, r_in):
     """A kernel [O, R, S, I] of exactly these multilinear ranks."""
-    return np.einsum("oa,arsb,bi->orsi", rng.normal(size=(outputs, r_out)), rng.normal(size=(r_out, *taps, r_in)),
-                     rng.normal(size=(r_in, inputs)))
+    return np.einsum(
+        "oa,arsb,bi->orsi",
+        rng.normal(size=(outputs, r_out)),
+        rng.normal(size=(r_out, *taps, r_in)),
+        rng.normal(size=(r_in, inputs)),
+    )
 
 
 @pytest.mark.parametrize("kind", ["tucker", "tt"])
-@pytest.mark.parametrize("geometry", [
-    {"pads": (1, 1, 1, 1)}, {"stride": (2, 1), "pads": (0, 1, 2, 1)}, {"dilation": (2, 2), "pads": (2, 2, 2, 2)}])
+@pytest.mark.parametrize(
+    "geometry",
+    [{"pads": (1, 1, 1, 1)}, {"stride": (2, 1), "pads": (0, 1, 2, 1)}, {"dilation": (2, 2), "pads": (2, 2, 2, 2)}],
+)
 def test_low_rank_layer_is_kept_exactly(rng, kind, geometry):
     """Ranks 8 fit in half the parameters, so the chain is the same function (up to float32)."""
     graph = network(low_rank(rng, 32, (3, 3), 40, 8, 8), rng, **geometry)
@@ -61,6 +79,7 @@ def test_matrix_takes_stride_in_its_first_stage(rng):
 def test_ranks_keep_the_promise_and_no_larger_ones_would(outputs, taps, inputs, factor):
     def parameters(a, b):
         return inputs * b + taps * a * b + a * outputs
+
     r_out, r_in = factorize.kernel_ranks(outputs, taps, inputs, factor)
     assert parameters(r_out, r_in) * factor <= outputs * taps * inputs
     assert parameters(r_out + 8, r_in + 8) * factor > outputs * taps * inputs or min(r_out, r_in) == 0
@@ -73,8 +92,10 @@ def test_stages_are_the_golden_chains(rng):
     w = rng.normal(size=(32, 3, 3, 32))
     graph = network(w, rng, pads=(1, 1, 1, 1))
     x = rng.normal(size=(2, 9, 8, 32)).astype(np.float32)
-    for kind, golden in (("tucker", lambda r: tucker.tucker2(w.astype(np.float32), r, sweeps=2)),
-                         ("tt", lambda r: tensor_train.tt_convolution(w.astype(np.float32), (1, *r, 1)).chain())):
+    for kind, golden in (
+        ("tucker", lambda r: tucker.tucker2(w.astype(np.float32), r, sweeps=2)),
+        ("tt", lambda r: tensor_train.tt_convolution(w.astype(np.float32), (1, *r, 1)).chain()),
+    ):
         chained, facts = factorize.factorize(graph, factorize.parse(f"{kind}:2"), x)
         r_in, r_out = facts["layers"]["conv"]["ranks"]
         a, core, b = (n.weights.astype(np.float64) for n in reversed(chained.nodes))
@@ -82,8 +103,10 @@ def test_stages_are_the_golden_chains(rng):
         np.testing.assert_allclose(got, golden((r_out, r_in)).to_dense(), atol=1e-5)
 
 
-@pytest.mark.parametrize("weights, groups, reason", [
-    ((8, 3, 3, 1), 8, "grouped"), ((12, 3, 3, 16), 1, "too small"), ((10, 1, 1, 64), 1, "too small")])
+@pytest.mark.parametrize(
+    "weights, groups, reason",
+    [((8, 3, 3, 1), 8, "grouped"), ((12, 3, 3, 16), 1, "too small"), ((10, 1, 1, 64), 1, "too small")],
+)
 def test_layers_that_stay_whole_say_why(rng, weights, groups, reason):
     graph = network(rng.normal(size=weights), rng, groups=groups)
     x = rng.normal(size=(1, 9, 8, weights[3] * groups)).astype(np.float32)
@@ -97,7 +120,9 @@ def test_svd_leaves_kernels_whole(rng):
     assert facts["layers"]["conv"]["kept"] == "svd is for 1x1 and fully connected layers"
 
 
-@pytest.mark.parametrize("text", ["svd", "svd:", "tt:1", "tucker:0", "tucker:-2", "tt:x", "tt:nan", "svd:inf", "svd:1e9"])
+@pytest.mark.parametrize(
+    "text", ["svd", "svd:", "tt:1", "tucker:0", "tucker:-2", "tt:x", "tt:nan", "svd:inf", "svd:1e9"]
+)
 def test_bad_factor_is_refused(text):
     with pytest.raises(InputError, match="must be followed by a parameter reduction factor above 1, at most 1000"):
         factorize.parse(text)

@@ -1,4 +1,5 @@
 """The whole accelerator in the C++ bench against the machine: one program, one verdict."""
+
 import numpy as np
 
 from gen import emit
@@ -35,8 +36,17 @@ def verdict(simulator, config, memory, program, count, seed, name, *, latency=No
     end, no broken rule of the bus, no access outside the window.
     """
     want = machine_says(config, memory, program, count)
-    run = simulate(simulator, memory, program=program, count=count, watchdog=WATCHDOG, limit=LIMIT, seed=seed + 1,
-                   latency=1 + seed % 7 if latency is None else latency, stall=(0.0, 0.3)[seed % 2] if stall is None else stall)
+    run = simulate(
+        simulator,
+        memory,
+        program=program,
+        count=count,
+        watchdog=WATCHDOG,
+        limit=LIMIT,
+        seed=seed + 1,
+        latency=1 + seed % 7 if latency is None else latency,
+        stall=(0.0, 0.3)[seed % 2] if stall is None else stall,
+    )
     assert run.finished, f"{name}: hangs"
     assert not run.protocol, f"{name}: {run.protocol}"
     status = run.registers["STATUS"]

@@ -3,6 +3,7 @@
 A fault is a replacement in the text of one module of `hw`: the good expression becomes ``Mux(FAULT == k, bad, good)``.
 The modules are loaded anew with these texts, under their own names, and put back afterwards.
 """
+
 from contextlib import contextmanager
 import importlib
 import importlib.util
@@ -29,7 +30,7 @@ class Fault(NamedTuple):
 
 
 def _ports(top):
-    return {name: member for name, member in top.signature.members.items()}
+    return dict(top.signature.members.items())
 
 
 class Planted(wiring.Component):
@@ -60,7 +61,9 @@ def planted(faults):
     for number, fault in enumerate(faults, 1):
         path = ROOT / Path(*fault.module.split(".")).with_suffix(".py")
         text = texts.get(fault.module) or path.read_text()
-        assert text.count(fault.good) == 1, f"fault {number}: {fault.good!r} occurs {text.count(fault.good)} times in {path.name}"
+        assert text.count(fault.good) == 1, (
+            f"fault {number}: {fault.good!r} occurs {text.count(fault.good)} times in {path.name}"
+        )
         texts[fault.module] = text.replace(fault.good, f"_Mux(_FAULT == {number}, {fault.bad}, {fault.good})")
     kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name == "hw" or name.startswith("hw.")}
 

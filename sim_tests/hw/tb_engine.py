@@ -1,4 +1,5 @@
 """Random EXECUTE sequences on the structured engine: sums against NumPy, every issue cycle against a timing model."""
+
 from dataclasses import dataclass
 
 import cocotb
@@ -18,8 +19,9 @@ from spec.registers import Error
 
 _RECORD = INSTRUCTIONS[Opcode.EXECUTE]
 PAYLOAD = Record("execute", _RECORD.fields[1:-1])
-IDLE_INPUTS = dict(available_load=0, available_store=0, acc_en=0, acc_bank=0, acc_address=0, pad_mask=0,
-                   weight_write=0, step_write=0)
+IDLE_INPUTS = dict(
+    available_load=0, available_store=0, acc_en=0, acc_bank=0, acc_address=0, pad_mask=0, weight_write=0, step_write=0
+)
 EXECUTE = {f.name: 0 for f in PAYLOAD.fields} | {"rows": 1, "cols": 1, "steps": 1}
 
 
@@ -37,8 +39,12 @@ class Step:
 
     def entry(self, config):
         return step_entry(config.structured.taps).pack(
-            offset=self.offset, enable=self.enable, n_log2=self.n.bit_length() - 1, segments_log2=self.segments_log2,
-            hold=int(self.hold))
+            offset=self.offset,
+            enable=self.enable,
+            n_log2=self.n.bit_length() - 1,
+            segments_log2=self.segments_log2,
+            hold=int(self.hold),
+        )
 
 
 class Bench:
@@ -49,7 +55,7 @@ class Bench:
         self.s, self.sizes = self.config.structured, Sizes(self.config)
         self.rng = np.random.default_rng(cocotb.RANDOM_SEED)
         self.acc = np.zeros((2, self.s.accumulator_depth, self.s.columns), np.int64)
-        self.tile = None        # what the array holds
+        self.tile = None  # what the array holds
 
     async def begin(self):
         await start(self.dut, [Source(self.dut, "i")], **IDLE_INPUTS)
@@ -89,13 +95,13 @@ class Bench:
             data = pack_tile(step.values, None if step.n == self.s.block else step.indices, self.config, step.n)
             for k in range(0, len(data), self.sizes.beat_bytes):
                 self.dut.weight_at.value = at
-                self.dut.weight_word.value = int.from_bytes(data[k:k + self.sizes.beat_bytes], "little")
+                self.dut.weight_word.value = int.from_bytes(data[k : k + self.sizes.beat_bytes], "little")
                 at += 1
                 await FallingEdge(self.dut.clk)
         self.dut.weight_write.value = 0
 
     def random_step(self, alignment, spread, before):
-        """A legal step for pixels at addresses = ``alignment`` (residue modulo the banks), up to ``spread`` beyond it."""
+        """A legal step for pixels at addresses = ``alignment`` (residue modulo the banks), up to ``spread`` beyond."""
         s, z, rng = self.s, self.sizes, self.rng
         hold = before is not None and rng.random() < 0.3
         n = before.n if hold else int(rng.choice([p.n for p in s.patterns]))
@@ -123,18 +129,35 @@ class Bench:
                 if slot // n >= blocks or not on[segment[slot]]:
                     values[slot] = 0
             dense = n == s.block
-            indices = np.broadcast_to((np.arange(s.slots) % s.block)[:, None], shape) if dense else \
-                rng.integers(0, s.block, shape)
+            indices = (
+                np.broadcast_to((np.arange(s.slots) % s.block)[:, None], shape)
+                if dense
+                else rng.integers(0, s.block, shape)
+            )
         return Step(offset, on, n, segments_log2, values, indices, hold)
 
     def random_execute(self, step_at, weight_at, *, pixels=None):
         """Fields and steps of one EXECUTE that fits the tables."""
         s, z, rng = self.s, self.sizes, self.rng
         count_steps = int(rng.integers(1, 6))
-        rows, cols = pixels or rng.choice([(1, 1), (1, 2), (2, 1), (1, 3), (2, 2), (3, 2), (3, 4), (1, s.accumulator_depth),
-                                           (s.accumulator_depth, 1), (2, 5)])
-        row_step, col_step = (int(rng.integers(1 + min(4, z.activation_blocks // 4 // z.banks // (int(count) + 1)))) * z.banks
-                              for count in (rows, cols))
+        rows, cols = pixels or rng.choice(
+            [
+                (1, 1),
+                (1, 2),
+                (2, 1),
+                (1, 3),
+                (2, 2),
+                (3, 2),
+                (3, 4),
+                (1, s.accumulator_depth),
+                (s.accumulator_depth, 1),
+                (2, 5),
+            ]
+        )
+        row_step, col_step = (
+            int(rng.integers(1 + min(4, z.activation_blocks // 4 // z.banks // (int(count) + 1)))) * z.banks
+            for count in (rows, cols)
+        )
         if rng.random() < 0.3:
             row_step = col_step = 0
         base = int(rng.integers(z.banks * 3))
@@ -149,10 +172,20 @@ class Bench:
             steps.append(step)
             before = step
         fields = EXECUTE | {
-            "base": base, "rows": int(rows), "cols": int(cols), "row_step": row_step, "col_step": col_step,
-            "weight": weight_at, "step": step_at, "steps": len(steps), "bank": int(rng.integers(2)),
-            "accumulate": int(rng.integers(2)), "operation": int(rng.choice([Operation.ADD, Operation.ADD, Operation.MAX])),
-            "push_load": int(rng.integers(2)), "push_store": int(rng.integers(2))}
+            "base": base,
+            "rows": int(rows),
+            "cols": int(cols),
+            "row_step": row_step,
+            "col_step": col_step,
+            "weight": weight_at,
+            "step": step_at,
+            "steps": len(steps),
+            "bank": int(rng.integers(2)),
+            "accumulate": int(rng.integers(2)),
+            "operation": int(rng.choice([Operation.ADD, Operation.ADD, Operation.MAX])),
+            "push_load": int(rng.integers(2)),
+            "push_store": int(rng.integers(2)),
+        }
         if steps:
             self.tile = steps[-1]
         return fields, steps, beats
@@ -204,7 +237,7 @@ def issue_cycles(executes, first):
     for fields, steps, tile_beats in executes:
         for number, step in enumerate(steps):
             if begun:
-                entry = accepted + (2 if number else 3)      # a new EXECUTE passes the loader's idle state
+                entry = accepted + (2 if number else 3)  # a new EXECUTE passes the loader's idle state
                 if step.hold:
                     ready = entry + 1
                 else:
@@ -223,8 +256,22 @@ def issue_cycles(executes, first):
 async def run(bench, executes, *, idle=0.0, tokens=0.0):
     """Feed EXECUTEs; returns lists of cycles per watched signal."""
     source = Source(bench.dut, "i", [PAYLOAD.pack(**f) for f, *_ in executes], idle=idle)
-    seen = {name: [] for name in ("i", "issue", "push_load", "push_store", "take_load", "take_store", "wait_load",
-                                  "wait_store", "wait_weights", "busy", "error")}
+    seen = {
+        name: []
+        for name in (
+            "i",
+            "issue",
+            "push_load",
+            "push_store",
+            "take_load",
+            "take_store",
+            "wait_load",
+            "wait_store",
+            "wait_weights",
+            "busy",
+            "error",
+        )
+    }
     waiting = {"load": 0, "store": 0}
 
     def give(cycle):
@@ -232,8 +279,15 @@ async def run(bench, executes, *, idle=0.0, tokens=0.0):
             waiting[unit] += bench.rng.random() < tokens
             getattr(bench.dut, f"available_{unit}").value = int(waiting[unit] > 0)
 
-    async for cycle, port, word in exchange(bench.dut, [source], rng=bench.rng, drain=12, watch=list(seen)[1:],
-                                            until=lambda: not bench.dut.busy.value, on_cycle=give if tokens else None):
+    async for cycle, port, _ in exchange(
+        bench.dut,
+        [source],
+        rng=bench.rng,
+        drain=12,
+        watch=list(seen)[1:],
+        until=lambda: not bench.dut.busy.value,
+        on_cycle=give if tokens else None,
+    ):
         seen[port].append(cycle)
         if port in ("take_load", "take_store"):
             unit = port.removeprefix("take_")
@@ -324,8 +378,15 @@ async def full_rate_and_latency(dut):
     for pixels, lost in ((need, 0), (need - 1, 1), (need - 2, 2)):
         if pixels > bench.s.accumulator_depth or 3 * bench.sizes.tile_beats(n) > bench.sizes.weight_beats:
             continue
-        step = Step([0] * bench.s.taps, [0] * bench.s.taps, n, 0, np.zeros((bench.s.slots, bench.s.columns), np.int64),
-                    np.zeros((bench.s.slots, bench.s.columns), np.int64), False)
+        step = Step(
+            [0] * bench.s.taps,
+            [0] * bench.s.taps,
+            n,
+            0,
+            np.zeros((bench.s.slots, bench.s.columns), np.int64),
+            np.zeros((bench.s.slots, bench.s.columns), np.int64),
+            False,
+        )
         await bench.write_steps(0, [step] * 3)
         await bench.write_tiles(0, [step] * 3)
         one = EXECUTE | {"cols": pixels, "steps": 3}
@@ -337,7 +398,7 @@ async def full_rate_and_latency(dut):
     step = bench.random_step(0, 0, None)
     step.enable = [1] * bench.s.taps
     step.values = np.ones((bench.s.slots, bench.s.columns), np.int64)
-    step.values[step.n * bench.sizes.fetch_blocks(step.n):] = 0
+    step.values[step.n * bench.sizes.fetch_blocks(step.n) :] = 0
     await bench.write_steps(0, [step])
     await bench.write_tiles(0, [step])
     dut.acc_en.value, dut.acc_bank.value, dut.acc_address.value = 1, 1, 0
@@ -350,8 +411,9 @@ async def full_rate_and_latency(dut):
             shown.append(cycle)
 
     source, issued = Source(dut, "i", [PAYLOAD.pack(**fields)]), []
-    async for cycle, port, _ in exchange(dut, [source], rng=bench.rng, drain=12, watch=["issue"], on_cycle=look,
-                                         until=lambda: not dut.busy.value):
+    async for cycle, port, _ in exchange(
+        dut, [source], rng=bench.rng, drain=12, watch=["issue"], on_cycle=look, until=lambda: not dut.busy.value
+    ):
         issued += [cycle] if port == "issue" else []
     bench.apply(fields, [step])
     assert bench.acc[1, 0].any() and shown[0] - issued[0] == StructuredEngine.latency
@@ -364,8 +426,10 @@ def errors(bench):
     taps, dense = s.taps, s.block.bit_length() - 1
 
     def entry(**fields):
-        return step_entry(taps).pack(**{"offset": [0] * taps, "enable": [1] + [0] * (taps - 1), "n_log2": dense,
-                                        "segments_log2": 0, "hold": 0} | fields)
+        return step_entry(taps).pack(
+            **{"offset": [0] * taps, "enable": [1] + [0] * (taps - 1), "n_log2": dense, "segments_log2": 0, "hold": 0}
+            | fields
+        )
 
     last = z.activation_blocks
     small = s.patterns[0].n.bit_length() - 1
@@ -373,12 +437,18 @@ def errors(bench):
     dense_length = z.fetch_blocks(s.block)
     cases = {
         "beyond the scratchpad": (Error.STREAM_ADDRESS, {"base": last}, entry()),
-        "last pixel beyond": (Error.STREAM_ADDRESS, {"base": last - dense_length, "cols": 2, "col_step": dense_length},
-                              entry()),
+        "last pixel beyond": (
+            Error.STREAM_ADDRESS,
+            {"base": last - dense_length, "cols": 2, "col_step": dense_length},
+            entry(),
+        ),
         "last row beyond": (Error.STREAM_ADDRESS, {"base": 0, "rows": 2, "row_step": last}, entry()),
         "far": (Error.STREAM_ADDRESS, {"base": 65535, "rows": 2, "row_step": 65535}, entry(offset=[65535] * taps)),
-        "weights beyond the buffer": (Error.SCRATCHPAD_RANGE, {"weight": z.weight_beats - z.tile_beats(s.block) + 1},
-                                      entry()),
+        "weights beyond the buffer": (
+            Error.SCRATCHPAD_RANGE,
+            {"weight": z.weight_beats - z.tile_beats(s.block) + 1},
+            entry(),
+        ),
         "weights far beyond": (Error.SCRATCHPAD_RANGE, {"weight": 65535}, entry()),
     }
     if length > 1:
@@ -386,17 +456,26 @@ def errors(bench):
         cases["misaligned second pixel"] = (Error.STREAM_ADDRESS, {"cols": 2, "col_step": 1}, entry(n_log2=small))
     if taps > 1 and length > 1:
         both = [1, 1] + [0] * (taps - 2)
-        cases["same bank"] = (Error.STREAM_ADDRESS, {}, entry(
-            n_log2=small, segments_log2=1, enable=both, offset=[0, z.banks] + [0] * (taps - 2)))
-        cases["second segment beyond"] = (Error.STREAM_ADDRESS, {}, entry(
-            n_log2=small, segments_log2=1, enable=both, offset=[0, last + length // 2] + [0] * (taps - 2)))
+        cases["same bank"] = (
+            Error.STREAM_ADDRESS,
+            {},
+            entry(n_log2=small, segments_log2=1, enable=both, offset=[0, z.banks] + [0] * (taps - 2)),
+        )
+        cases["second segment beyond"] = (
+            Error.STREAM_ADDRESS,
+            {},
+            entry(n_log2=small, segments_log2=1, enable=both, offset=[0, last + length // 2] + [0] * (taps - 2)),
+        )
     for n_log2 in range(8):
         known = n_log2 in [p.n.bit_length() - 1 for p in s.patterns]
         most = min(z.fetch_blocks(1 << n_log2), taps).bit_length() - 1 if known else -1
         for segments_log2 in range(4):
             if segments_log2 > most:
                 cases[f"n_log2 {n_log2}, segments_log2 {segments_log2}"] = (
-                    Error.ILLEGAL_FIELD, {}, entry(n_log2=n_log2, segments_log2=segments_log2, hold=n_log2 & 1))
+                    Error.ILLEGAL_FIELD,
+                    {},
+                    entry(n_log2=n_log2, segments_log2=segments_log2, hold=n_log2 & 1),
+                )
     return cases
 
 
@@ -410,13 +489,13 @@ async def illegal_steps(dut):
         await bench.write_steps(3, [entry])
         source = Source(dut, "i", [PAYLOAD.pack(**EXECUTE | {"step": 3, "push_store": 1} | fields)])
         raised = None
-        async for cycle, port, word in exchange(dut, [source], rng=bench.rng, drain=80, watch=["error"]):
+        async for _, port, word in exchange(dut, [source], rng=bench.rng, drain=80, watch=["error"]):
             if port == "error":
                 raised = raised or word
                 assert word == raised, f"{name}: the first error stays"
         assert raised is not None, f"{name}: not seen"
         assert raised == 1 | code << 1, f"{name}: {raised:#x}, expected {code.name}"
-        if code is not Error.STREAM_ADDRESS:        # (a wrong address does not stop its own step)
+        if code is not Error.STREAM_ADDRESS:  # (a wrong address does not stop its own step)
             dut.i__valid.value = 1
             for _ in range(20):
                 await FallingEdge(dut.clk)
@@ -431,13 +510,25 @@ async def legal_at_the_edges(dut):
     s, z = bench.s, bench.sizes
     step = bench.random_step(0, 0, None)
     length = z.fetch_blocks(s.block)
-    step = Step([0] * s.taps, [1] + [0] * (s.taps - 1), s.block, 0, bench.rng.integers(1, 9, (s.slots, s.columns)),
-                np.broadcast_to((np.arange(s.slots) % s.block)[:, None], (s.slots, s.columns)), False)
+    step = Step(
+        [0] * s.taps,
+        [1] + [0] * (s.taps - 1),
+        s.block,
+        0,
+        bench.rng.integers(1, 9, (s.slots, s.columns)),
+        np.broadcast_to((np.arange(s.slots) % s.block)[:, None], (s.slots, s.columns)),
+        False,
+    )
     at, weight = bench.config.memory.step_entries - 1, z.weight_beats - z.tile_beats(s.block)
     await bench.write_steps(at, [step])
     await bench.write_tiles(weight, [step])
-    fields = EXECUTE | {"base": z.activation_blocks - 3 * length, "cols": 3, "col_step": length, "step": at,
-                        "weight": weight}
+    fields = EXECUTE | {
+        "base": z.activation_blocks - 3 * length,
+        "cols": 3,
+        "col_step": length,
+        "step": at,
+        "weight": weight,
+    }
     bench.apply(fields, [step])
     await run(bench, [(fields, [step], None)])
     assert int(dut.error.value) == 0
@@ -455,11 +546,18 @@ async def overflow_is_reported(dut):
     bench.pad[:] = z.activation.lo
     dut.pad_mask.value = (1 << z.banks) - 1
     dut.pad_row.value = 0
-    dut.pad_data.value = int.from_bytes(bench.pad[:z.banks].astype(np.int8).tobytes(), "little")
+    dut.pad_data.value = int.from_bytes(bench.pad[: z.banks].astype(np.int8).tobytes(), "little")
     await FallingEdge(dut.clk)
     dut.pad_mask.value = 0
-    step = Step([0] * s.taps, [1] + [0] * (s.taps - 1), s.block, 0, np.full((s.slots, s.columns), z.weight.lo),
-                np.broadcast_to((np.arange(s.slots) % s.block)[:, None], (s.slots, s.columns)), False)
+    step = Step(
+        [0] * s.taps,
+        [1] + [0] * (s.taps - 1),
+        s.block,
+        0,
+        np.full((s.slots, s.columns), z.weight.lo),
+        np.broadcast_to((np.arange(s.slots) % s.block)[:, None], (s.slots, s.columns)),
+        False,
+    )
     hold = Step(step.offset, step.enable, s.block, 0, step.values, step.indices, True)
     per_step = s.slots * z.activation.lo * z.weight.lo
     fits = z.accumulator.hi // per_step

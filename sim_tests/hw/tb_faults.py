@@ -1,4 +1,5 @@
 """The whole accelerator on a bus that errs: right code and address, interrupt, no stray write, and a good run after."""
+
 import logging
 import os
 
@@ -14,7 +15,9 @@ from spec.registers import Error
 
 WATCHDOG = 400
 ANY_ERROR = set(Error) - {Error.NONE}
-LITE_INPUTS = dict.fromkeys(("s_axil__awvalid", "s_axil__wvalid", "s_axil__bready", "s_axil__arvalid", "s_axil__rready"), 0)
+LITE_INPUTS = dict.fromkeys(
+    ("s_axil__awvalid", "s_axil__wvalid", "s_axil__bready", "s_axil__arvalid", "s_axil__rready"), 0
+)
 
 
 class Setting:
@@ -51,7 +54,7 @@ class Setting:
         """Whatever was written lies where a good run writes."""
         touched = np.flatnonzero(self.host.window != self.before)
         allowed = self.before != self.after
-        allowed |= np.convolve(allowed, np.ones(9), "same") > 0        # bytes that a good run happens not to change
+        allowed |= np.convolve(allowed, np.ones(9), "same") > 0  # bytes that a good run happens not to change
         assert allowed[touched].all(), f"{label}: stray write at {touched[~allowed[touched]][0]:#x}"
 
     async def bad_run(self, label, codes, *, address=None, limit=4 * WATCHDOG, **memory):
@@ -76,8 +79,10 @@ class Setting:
 
 def bursts(setting):
     """Read and write bursts (id, offset, beats) of the good run just done."""
-    return ([(i, a - GUARD, n) for i, a, n in setting.host.read_slave.bursts],
-            [(a - GUARD, n) for a, n in setting.host.write_slave.bursts])
+    return (
+        [(i, a - GUARD, n) for i, a, n in setting.host.read_slave.bursts],
+        [(a - GUARD, n) for a, n in setting.host.write_slave.bursts],
+    )
 
 
 def picks(count):
@@ -93,6 +98,7 @@ def change(index, **fields):
     def damage(beats):
         beats[index].update(fields)
         return beats
+
     return damage
 
 
@@ -127,8 +133,12 @@ async def read_faults(dut):
             await setting.good_run(f"after {label}")
         for name, left in silence.items():
             label = f"read burst {number} {reads[number]}: {name}"
-            await setting.bad_run(label, {Error.WATCHDOG}, address=0, read={
-                "fault": lambda n, b, left=left: b if n < number else b[:left * (n == number)]})
+            await setting.bad_run(
+                label,
+                {Error.WATCHDOG},
+                address=0,
+                read={"fault": lambda n, b, left=left: b if n < number else b[: left * (n == number)]},
+            )
             await setting.good_run(f"after {label}")
 
 
@@ -140,15 +150,17 @@ async def write_faults(dut):
     _, writes = bursts(setting)
     for number in picks(len(writes)):
         offset, _ = writes[number]
-        cases = {name: ({"fault": lambda n, r=resp: [(0, r if n == number else 0)]}, {Error.BUS_WRITE}, offset)
-                 for resp, name in ((1, "EXOKAY"), (2, "SLVERR"), (3, "DECERR"))}
+        cases = {
+            name: ({"fault": lambda n, r=resp: [(0, r if n == number else 0)]}, {Error.BUS_WRITE}, offset)
+            for resp, name in ((1, "EXOKAY"), (2, "SLVERR"), (3, "DECERR"))
+        }
         cases["wrong BID"] = {"fault": lambda n: [(int(n == number), 0)]}, {Error.BUS_PROTOCOL}, offset
         cases["second B"] = {"fault": lambda n: [(0, 0)] * (1 + (n == number))}, {Error.BUS_PROTOCOL}, None
         cases["B never"] = {"fault": lambda n: [(0, 0)] * (n != number)}, {Error.WATCHDOG}, 0
         cases["B before its data"] = {"early": number}, {Error.BUS_PROTOCOL, Error.NONE}, None
         for name, (fault, codes, address) in cases.items():
             label = f"write burst {number} {writes[number]}: {name}"
-            if name in ("B before its data", "second B"):     # may come when it is due again
+            if name in ("B before its data", "second B"):  # may come when it is due again
                 setting.host.connect(write=fault)
                 await setting.start_program()
                 code, _ = await setting.host.outcome(20_000)
@@ -171,8 +183,11 @@ async def channels_that_stop(dut):
         await ClockCycles(dut.clk, cycles)
         setattr(getattr(setting.host, slave_name), channel, False)
 
-    for slave, channel in (("read_slave", "accept_addresses"), ("write_slave", "accept_addresses"),
-                           ("write_slave", "accept_data")):
+    for slave, channel in (
+        ("read_slave", "accept_addresses"),
+        ("write_slave", "accept_addresses"),
+        ("write_slave", "accept_data"),
+    ):
         for cycles in (0, 150, 240, 300):
             label = f"{slave}.{channel} gone {cycles} cycles after the registers"
             setting.host.connect()
@@ -183,12 +198,15 @@ async def channels_that_stop(dut):
             assert got in ((Error.WATCHDOG, 0), (Error.NONE, 0)), f"{label}: {got}"
             assert cycles or got[0], f"{label}: ends well"
             setting.changed_only_outputs(label)
-            setting.host.taps = []          # a bus that never answers sees its offers withdrawn by the reset
+            setting.host.taps = []  # a bus that never answers sees its offers withdrawn by the reset
             await setting.host.soft_reset()
             await setting.good_run(f"after {label}")
-    for name, extra in (("read", {"unsolicited": {60: [{"id": 0, "data": 1, "resp": 0, "last": 1}]}}),
-                        ("read", {"unsolicited": {60: [{"id": 1, "data": 1, "resp": 0, "last": 0}]}}),
-                        ("write", {"unsolicited": {60: [(0, 0)]}}), ("write", {"unsolicited": {60: [(1, 0)]}})):
+    for name, extra in (
+        ("read", {"unsolicited": {60: [{"id": 0, "data": 1, "resp": 0, "last": 1}]}}),
+        ("read", {"unsolicited": {60: [{"id": 1, "data": 1, "resp": 0, "last": 0}]}}),
+        ("write", {"unsolicited": {60: [(0, 0)]}}),
+        ("write", {"unsolicited": {60: [(1, 0)]}}),
+    ):
         label = f"unsolicited on {name}: {extra}"
         # (a beat of an ID that has a burst open passes for its own until the count is wrong)
         await setting.bad_run(label, ANY_ERROR if name == "read" else {Error.BUS_PROTOCOL}, **{name: extra})
@@ -203,8 +221,11 @@ async def slow_and_reordered_is_legal(dut, pause):
     await setting.begin()
     for latency in (1, 7, WATCHDOG // 2):
         for interleave in (False, True):
-            await setting.good_run(f"latency {latency}, interleave {interleave}", pause=pause,
-                                   read={"latency": latency, "interleave": interleave})
+            await setting.good_run(
+                f"latency {latency}, interleave {interleave}",
+                pause=pause,
+                read={"latency": latency, "interleave": interleave},
+            )
 
 
 @cocotb.test(timeout_time=50, timeout_unit="ms")
@@ -213,7 +234,7 @@ async def reset_at_any_cycle(dut, kind, pause):
     """After a reset in any phase the same program runs bit-exactly; a soft reset leaves no burst behind."""
     setting = Setting(dut)
     await setting.begin()
-    for n in range(25):
+    for _ in range(25):
         cycles = int(setting.rng.integers(0, 400 if pause == 0.0 else 900))
         label = f"{kind} reset {cycles} cycles after the start"
         setting.host.connect(pause=pause, check_stable=kind == "soft")
@@ -237,8 +258,16 @@ async def start_and_registers_while_busy(dut):
     await setting.begin()
     setting.host.connect(read={"latency": 30})
     await setting.start_program()
-    for name in ("MEMORY_BASE_LOW", "MEMORY_BASE_HIGH", "MEMORY_BYTES_LOW", "MEMORY_BYTES_HIGH", "PROGRAM_LOW",
-                 "PROGRAM_HIGH", "PROGRAM_COUNT", "WATCHDOG_CYCLES"):
+    for name in (
+        "MEMORY_BASE_LOW",
+        "MEMORY_BASE_HIGH",
+        "MEMORY_BYTES_LOW",
+        "MEMORY_BYTES_HIGH",
+        "PROGRAM_LOW",
+        "PROGRAM_HIGH",
+        "PROGRAM_COUNT",
+        "WATCHDOG_CYCLES",
+    ):
         value = await setting.host.read(name)
         assert await setting.host.read("STATUS") == 1, "the run is over too soon"
         assert not await setting.host.try_write(name, value ^ 0x10), f"{name} is not locked"

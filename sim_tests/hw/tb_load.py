@@ -1,4 +1,5 @@
 """The load unit against a plain model: which words go where, in which order of tokens, at which rate."""
+
 import itertools
 
 import cocotb
@@ -34,23 +35,23 @@ class Model:
             for p, r, c in itertools.product(range(f["planes"]), range(f["rows"]), range(f["cols"])):
                 at = f["address"] + (p * f["plane_stride"] + r * f["row_stride"] + c) * z.unit_bytes
                 to = f["base"] + p * f["plane_step"] + r * f["row_step"] + c * f["col_step"]
-                unit = self.memory[at:at + z.unit_bytes]
+                unit = self.memory[at : at + z.unit_bytes]
                 if f["target"] == TileTarget.RESIDUAL:
                     self.residual[to] = unit
                 else:
-                    self.activation[to:to + z.group_blocks] = unit.reshape(z.group_blocks, -1)
+                    self.activation[to : to + z.group_blocks] = unit.reshape(z.group_blocks, -1)
         elif op is Opcode.LOAD_LINEAR:
-            data = self.memory[f["address"]:f["address"] + f["beats"] * z.beat_bytes]
+            data = self.memory[f["address"] : f["address"] + f["beats"] * z.beat_bytes]
             if f["target"] == LinearTarget.STEP:
                 data = data.reshape(-1, z.step_beats * z.beat_bytes)[:, :16]
-                self.step[f["base"]:f["base"] + len(data)] = data
+                self.step[f["base"] : f["base"] + len(data)] = data
             else:
                 table = self.weight if f["target"] == LinearTarget.WEIGHT else self.parameter
-                table[f["base"]:f["base"] + f["beats"]] = data.reshape(-1, z.beat_bytes)
+                table[f["base"] : f["base"] + f["beats"]] = data.reshape(-1, z.beat_bytes)
         else:
             for r in range(f["rows"]):
                 at = f["base"] + r * f["row_step"]
-                self.activation[at:at + f["blocks"]] = f["value"] & 0xFF
+                self.activation[at : at + f["blocks"]] = f["value"] & 0xFF
 
 
 class Copy:
@@ -58,8 +59,10 @@ class Copy:
 
     def __init__(self, dut, model):
         self.dut, self.model = dut, model
-        self.memories = {name: np.zeros_like(getattr(model, name)) for name in
-                         ("activation", "weight", "step", "parameter", "residual")}
+        self.memories = {
+            name: np.zeros_like(getattr(model, name))
+            for name in ("activation", "weight", "step", "parameter", "residual")
+        }
 
     def sample(self, port):
         dut, z = self.dut, self.model.sizes
@@ -69,8 +72,9 @@ class Copy:
             assert mask, "a write that writes nothing"
             for b in range(z.banks):
                 if mask >> b & 1:
-                    self.memories["activation"][row * z.banks + b] = list((word >> 8 * block * b & (1 << 8 * block) - 1)
-                                                                          .to_bytes(block, "little"))
+                    self.memories["activation"][row * z.banks + b] = list(
+                        (word >> 8 * block * b & (1 << 8 * block) - 1).to_bytes(block, "little")
+                    )
             return
         name = port.removesuffix("_en")
         data = {"step": "step_data", "residual": "residual_data"}.get(name, "linear_data")
@@ -90,11 +94,13 @@ class Memory:
         z = self.model.sizes
         offset, beats = word & (1 << 40) - 1, word >> 40
         assert offset % z.beat_bytes == 0 and beats > 0
-        assert offset + beats * z.beat_bytes <= len(self.model.memory), f"request {offset:#x}, {beats} beats, leaves memory"
+        assert offset + beats * z.beat_bytes <= len(self.model.memory), (
+            f"request {offset:#x}, {beats} beats, leaves memory"
+        )
         self.requests.append((offset, beats))
         for n in range(beats):
             at = offset + n * z.beat_bytes
-            self.source.words.append(int.from_bytes(self.model.memory[at:at + z.beat_bytes].tobytes(), "little"))
+            self.source.words.append(int.from_bytes(self.model.memory[at : at + z.beat_bytes].tobytes(), "little"))
 
 
 def random_tile(config, rng, target=None):
@@ -109,7 +115,7 @@ def random_tile(config, rng, target=None):
         col_step = unit * int(rng.integers(1, 3))
         row_step = col_step * cols + unit * int(rng.integers(3))
         plane_step = row_step * rows + unit * int(rng.integers(3))
-        if rng.random() < 0.3:          # channel groups of a pixel side by side
+        if rng.random() < 0.3:  # channel groups of a pixel side by side
             plane_step, col_step = unit, planes * unit
             row_step = col_step * cols
         span = (planes - 1) * plane_step + (rows - 1) * row_step + (cols - 1) * col_step + unit
@@ -120,8 +126,18 @@ def random_tile(config, rng, target=None):
     base = unit * (last if rng.random() < 0.2 else int(rng.integers(last + 1)))
     address = int(rng.integers((MEMORY_BYTES - reach) // z.unit_bytes + 1)) * z.unit_bytes
     return Opcode.LOAD_TILE, dict(
-        target=target, address=address, planes=planes, rows=rows, cols=cols, plane_stride=plane_stride,
-        row_stride=row_stride, base=base, plane_step=plane_step, row_step=row_step, col_step=col_step)
+        target=target,
+        address=address,
+        planes=planes,
+        rows=rows,
+        cols=cols,
+        plane_stride=plane_stride,
+        row_stride=row_stride,
+        base=base,
+        plane_step=plane_step,
+        row_step=row_step,
+        col_step=col_step,
+    )
 
 
 def random_linear(config, rng):
@@ -165,8 +181,14 @@ class Bench:
         self.instructions.words.extend(encode(op, **f) for op, f in plan)
         self.seen = seen = {name: [] for name in (*WATCH, "i", "request", "data")}
         ends = [self.instructions, self.memory.sink, self.memory.source]
-        async for cycle, port, word in exchange(self.dut, ends, rng=self.rng, watch=WATCH, on_cycle=self._give,
-                                                **{"drain": 30, "until": lambda: not self.dut.busy.value} | options):
+        async for cycle, port, word in exchange(
+            self.dut,
+            ends,
+            rng=self.rng,
+            watch=WATCH,
+            on_cycle=self._give,
+            **{"drain": 30, "until": lambda: not self.dut.busy.value} | options,
+        ):
             seen[port].append(cycle)
             if port in WRITES:
                 self.copy.sample(port)
@@ -182,8 +204,10 @@ class Bench:
         for name, got in self.copy.memories.items():
             want = getattr(self.model, name)
             wrong = np.argwhere(got != want)
-            assert not len(wrong), f"{label}: {name} {wrong[0].tolist()}: {got[tuple(wrong[0])]}, " \
+            assert not len(wrong), (
+                f"{label}: {name} {wrong[0].tolist()}: {got[tuple(wrong[0])]}, "
                 f"expected {want[tuple(wrong[0])]}, and {len(wrong) - 1} more"
+            )
 
 
 @cocotb.test(timeout_time=20, timeout_unit="ms")
@@ -195,8 +219,12 @@ async def random_loads(dut, idle, stall, tokens):
     for number in range(12):
         plan = []
         for _ in range(int(bench.rng.integers(1, 9))):
-            op, f = (random_tile, random_tile, random_linear, random_fill)[bench.rng.integers(4)](bench.config, bench.rng)
-            f |= {k: int(bench.rng.random() < 0.4) for k in ("wait_execute", "wait_store", "push_execute", "push_store")}
+            op, f = (random_tile, random_tile, random_linear, random_fill)[bench.rng.integers(4)](
+                bench.config, bench.rng
+            )
+            f |= {
+                k: int(bench.rng.random() < 0.4) for k in ("wait_execute", "wait_store", "push_execute", "push_store")
+            }
             plan.append((op, f))
             bench.model.run(op, f)
         seen = await bench.run(plan)
@@ -210,7 +238,7 @@ async def random_loads(dut, idle, stall, tokens):
         if pushes:
             assert max(pushes) <= max(seen["writing"]) + 1
         gaps = [b - a for a, b in zip(seen["busy"], seen["busy"][1:])]
-        if idle == 0.0:     # BARRIER looks at two cycles in a row
+        if idle == 0.0:  # BARRIER looks at two cycles in a row
             assert max(gaps) <= 2, f"{label}: not busy for {max(gaps) - 1} cycles though instructions are inside"
 
 
@@ -219,8 +247,11 @@ async def tokens_follow_the_last_write(dut):
     """Each kind pushes one cycle behind its last write, not earlier; the wait comes before the request."""
     bench = Bench(dut)
     await bench.reset()
-    for op, f in (random_tile(bench.config, bench.rng), random_linear(bench.config, bench.rng),
-                  random_fill(bench.config, bench.rng)):
+    for op, f in (
+        random_tile(bench.config, bench.rng),
+        random_linear(bench.config, bench.rng),
+        random_fill(bench.config, bench.rng),
+    ):
         for unit in ("execute", "store"):
             bench.instructions.words.clear()
 
@@ -252,9 +283,12 @@ async def throughput(dut):
     fill = dict(value=3, rows=1, blocks=z.banks * 16, base=0)
     beats = min(16, z.weight_beats)
     linear = dict(target=LinearTarget.WEIGHT, beats=beats, base=0)
-    for (op, f), cycles, asked in (((Opcode.LOAD_TILE, tile), 2 * cols, 1), ((Opcode.FILL, fill), 16, 0),
-                                   ((Opcode.LOAD_LINEAR, linear), beats, 1),
-                                   ((Opcode.LOAD_TILE, tile | {"row_stride": cols + per_beat}), 2 * cols, 2)):
+    for (op, f), cycles, asked in (
+        ((Opcode.LOAD_TILE, tile), 2 * cols, 1),
+        ((Opcode.FILL, fill), 16, 0),
+        ((Opcode.LOAD_LINEAR, linear), beats, 1),
+        ((Opcode.LOAD_TILE, tile | {"row_stride": cols + per_beat}), 2 * cols, 2),
+    ):
         bench.model.run(op, f)
         seen = await bench.run([(op, f)])
         assert len(seen["writing"]) == cycles == seen["writing"][-1] - seen["writing"][0] + 1, f"{op.name}: {f}"
@@ -280,41 +314,85 @@ async def long_merged_tiles_are_split(dut):
     bench = Bench(dut)
     z = bench.model.sizes
     await bench.reset()
-    f = dict(target=TileTarget.RESIDUAL, planes=1, rows=4095, cols=(1 << 14) - z.units_per_beat,
-             row_stride=(1 << 14) - z.units_per_beat)
+    f = dict(
+        target=TileTarget.RESIDUAL,
+        planes=1,
+        rows=4095,
+        cols=(1 << 14) - z.units_per_beat,
+        row_stride=(1 << 14) - z.units_per_beat,
+    )
     bench.instructions.words.append(encode(Opcode.LOAD_TILE, **f))
     asked = []
-    async for _, port, word in exchange(dut, [bench.instructions, bench.memory.sink], rng=bench.rng, drain=0,
-                                        until=lambda: len(asked) >= 3):
+    async for _, port, word in exchange(
+        dut, [bench.instructions, bench.memory.sink], rng=bench.rng, drain=0, until=lambda: len(asked) >= 3
+    ):
         if port == "request":
             asked.append((word & (1 << 40) - 1, word >> 40))
     row = f["cols"] * z.unit_bytes
-    assert [offset for offset, _ in asked[:3]] == [0, row // z.beat_bytes * z.beat_bytes, 2 * row // z.beat_bytes * z.beat_bytes]
+    assert [offset for offset, _ in asked[:3]] == [
+        0,
+        row // z.beat_bytes * z.beat_bytes,
+        2 * row // z.beat_bytes * z.beat_bytes,
+    ]
     assert all(row <= beats * z.beat_bytes <= row + 2 * z.beat_bytes for _, beats in asked)
 
 
 def range_errors(config):
-    """Instructions whose last (or only) write is out of range, and their twins that just fit: name -> (op, bad, good)."""
+    """Instructions whose last (or only) write is out of range, and twins that just fit: name -> (op, bad, good)."""
     z = Sizes(config)
     tile = dict(target=TileTarget.ACTIVATION, planes=1, rows=1, cols=1)
     blocks, group = z.activation_blocks, z.group_blocks
     cases = {
-        "tile column": (Opcode.LOAD_TILE, tile | {"cols": 2, "col_step": group},
-                        {"base": blocks - group}, {"base": blocks - 2 * group}),
-        "tile row": (Opcode.LOAD_TILE, tile | {"rows": 2, "row_step": group, "row_stride": 5},
-                     {"base": blocks - group}, {"base": blocks - 2 * group}),
-        "tile plane": (Opcode.LOAD_TILE, tile | {"planes": 2, "plane_step": group, "plane_stride": 5},
-                       {"base": blocks - group}, {"base": blocks - 2 * group}),
+        "tile column": (
+            Opcode.LOAD_TILE,
+            tile | {"cols": 2, "col_step": group},
+            {"base": blocks - group},
+            {"base": blocks - 2 * group},
+        ),
+        "tile row": (
+            Opcode.LOAD_TILE,
+            tile | {"rows": 2, "row_step": group, "row_stride": 5},
+            {"base": blocks - group},
+            {"base": blocks - 2 * group},
+        ),
+        "tile plane": (
+            Opcode.LOAD_TILE,
+            tile | {"planes": 2, "plane_step": group, "plane_stride": 5},
+            {"base": blocks - group},
+            {"base": blocks - 2 * group},
+        ),
         "tile far": (Opcode.LOAD_TILE, tile | {"planes": 3, "plane_stride": 1}, {"plane_step": 65536 - group}, {}),
-        "residual": (Opcode.LOAD_TILE, tile | {"target": TileTarget.RESIDUAL, "cols": 2, "col_step": 1},
-                     {"base": z.residual_units - 1}, {"base": z.residual_units - 2}),
-        "fill": (Opcode.FILL, dict(value=1, rows=1, blocks=z.banks + 1), {"base": blocks - z.banks}, {"base": blocks - z.banks - 1}),
+        "residual": (
+            Opcode.LOAD_TILE,
+            tile | {"target": TileTarget.RESIDUAL, "cols": 2, "col_step": 1},
+            {"base": z.residual_units - 1},
+            {"base": z.residual_units - 2},
+        ),
+        "fill": (
+            Opcode.FILL,
+            dict(value=1, rows=1, blocks=z.banks + 1),
+            {"base": blocks - z.banks},
+            {"base": blocks - z.banks - 1},
+        ),
         "fill row": (Opcode.FILL, dict(value=1, rows=2, blocks=1), {"row_step": blocks}, {"row_step": blocks - 1}),
-        "weight": (Opcode.LOAD_LINEAR, dict(target=0, beats=2), {"base": z.weight_beats - 1}, {"base": z.weight_beats - 2}),
-        "step": (Opcode.LOAD_LINEAR, dict(target=1, beats=2 * z.step_beats), {"base": config.memory.step_entries - 1},
-                 {"base": config.memory.step_entries - 2}),
-        "parameter": (Opcode.LOAD_LINEAR, dict(target=2, beats=2), {"base": z.parameter_words - 1},
-                      {"base": z.parameter_words - 2}),
+        "weight": (
+            Opcode.LOAD_LINEAR,
+            dict(target=0, beats=2),
+            {"base": z.weight_beats - 1},
+            {"base": z.weight_beats - 2},
+        ),
+        "step": (
+            Opcode.LOAD_LINEAR,
+            dict(target=1, beats=2 * z.step_beats),
+            {"base": config.memory.step_entries - 1},
+            {"base": config.memory.step_entries - 2},
+        ),
+        "parameter": (
+            Opcode.LOAD_LINEAR,
+            dict(target=2, beats=2),
+            {"base": z.parameter_words - 1},
+            {"base": z.parameter_words - 2},
+        ),
     }
     if group > 1:
         cases["tile misaligned"] = Opcode.LOAD_TILE, tile, {"base": 1}, {"base": group}

@@ -1,4 +1,5 @@
 """The N:M MAC unit under the idle x stall grid, against arithmetic in Python integers."""
+
 import itertools
 
 import cocotb
@@ -36,8 +37,13 @@ def messages(config, rng, count):
     width, patterns = sizes.stream_blocks * s.block, [p.n.bit_length() - 1 for p in s.patterns]
 
     def beat(stream, value, n_log2, last):
-        return {"stream": np.broadcast_to(stream, width).tolist(), "value": np.broadcast_to(value, s.slots).tolist(),
-                "index": rng.integers(0, s.block, s.slots).tolist(), "n_log2": int(n_log2), "last": int(last)}
+        return {
+            "stream": np.broadcast_to(stream, width).tolist(),
+            "value": np.broadcast_to(value, s.slots).tolist(),
+            "index": rng.integers(0, s.block, s.slots).tolist(),
+            "n_log2": int(n_log2),
+            "last": int(last),
+        }
 
     for a, w, n in itertools.product((-128, 127), (-128, 127), patterns):
         yield [beat(a, w, n, 1)]
@@ -65,8 +71,15 @@ def messages(config, rng, count):
         yield [{**b, "last": 0} for b in exact] + [beat(1, np.eye(1, s.slots, dtype=int)[0], patterns[-1], 1)]
     for k in range(count):
         length = int(rng.integers(1, 6))
-        yield [beat(rng.integers(-128, 128, width), rng.integers(-128, 128, s.slots) * (rng.random(s.slots) < (1, .3)[k % 2]),
-                    rng.choice(patterns), b == length - 1) for b in range(length)]
+        yield [
+            beat(
+                rng.integers(-128, 128, width),
+                rng.integers(-128, 128, s.slots) * (rng.random(s.slots) < (1, 0.3)[k % 2]),
+                rng.choice(patterns),
+                b == length - 1,
+            )
+            for b in range(length)
+        ]
 
 
 @cocotb.test(timeout_time=2, timeout_unit="ms")
@@ -75,7 +88,7 @@ async def matches_arithmetic(dut, idle, stall):
     config = config_of_run()
     rng = np.random.default_rng(cocotb.RANDOM_SEED)
     operand, result, board = mac_operand(config), mac_sum(config), Scoreboard()
-    work = list(messages(config, rng, 30 if stall > .5 else 80))
+    work = list(messages(config, rng, 30 if stall > 0.5 else 80))
     beats = [b for message in work for b in message]
     source = Source(dut, "i", [operand.pack(**b) for b in beats], idle=idle)
     sink = Sink(dut, "o", stall=stall)

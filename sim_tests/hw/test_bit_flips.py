@@ -1,8 +1,9 @@
-"""Every single-bit flip of a valid program: the machine's result, or an error from both; never a hang, never a stray write.
+"""Every single-bit flip of a valid program: the machine's result, or an error from both; never a hang or stray write.
 
 Where the machine cannot tell (it reports what hardware cannot see: unordered or never written data) the accelerator
 must still end and keep the rules of the bus.
 """
+
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,7 +28,7 @@ def test_good_program(simulator, rng):
     want = machine_says(TINY, little.memory, little.program, little.count)
     assert isinstance(want, np.ndarray), want
     for at, size in little.outputs:
-        assert np.count_nonzero(want[at:at + size + 8]) > size // 2, "the program computes something"
+        assert np.count_nonzero(want[at : at + size + 8]) > size // 2, "the program computes something"
     for seed in range(4):
         assert verdict(simulator, TINY, little.memory, little.program, little.count, seed, "good") == "same memory"
 
@@ -52,7 +53,9 @@ def test_single_bit_flips(simulator, rng):
         words = list(little.words)
         words[number] ^= 1 << bit
         name = f"instruction {number}, bit {bit} ({field_of(little.words[number], bit)})"
-        return verdict(simulator, TINY, little.with_words(words), little.program, little.count, seed + number + bit, name)
+        return verdict(
+            simulator, TINY, little.with_words(words), little.program, little.count, seed + number + bit, name
+        )
 
     jobs = [(number, bit) for number in range(little.count) for bit in range(isa.INSTRUCTION_BITS)]
     with ThreadPoolExecutor(2) as pool:

@@ -1,4 +1,5 @@
 """The command processor: every rule of every field, header, fetch, dispatch, BARRIER, END, errors, starts."""
+
 from collections import deque
 import itertools
 
@@ -14,6 +15,7 @@ from spec.registers import Error
 
 
 # -- the check ---------------------------------------------------------------------------------------------------------
+
 
 def base_fields(config):
     """A legal instruction of each kind."""
@@ -36,15 +38,32 @@ def rule_cases(config):
     base, depth, entries = base_fields(config), s.accumulator_depth, config.memory.step_entries
     for op, fields in base.items():
         yield op, fields, True
-        own = UNITS if UNIT_OF[op] == Unit.CONTROL else UNITS[UNIT_OF[op]:UNIT_OF[op] + 1]
+        own = UNITS if UNIT_OF[op] == Unit.CONTROL else UNITS[UNIT_OF[op] : UNIT_OF[op] + 1]
         for u, kind in itertools.product(UNITS, ("wait", "push")):
             yield op, fields | {f"{kind}_{u}": 1}, u not in own
         width = INSTRUCTIONS[op].fields[-1].bits
         for bit in {0, width // 2, width - 1}:
             yield op, fields | {"reserved": 1 << bit}, False
-        ruled = {"digest", "version", "target", "address", "planes", "rows", "cols", "beats", "blocks", "steps", "step",
-                 "operation", "parameter", "low", "high", "opcode", "reserved",
-                 *(f"{k}_{u}" for k in ("wait", "push") for u in UNITS)}
+        ruled = {
+            "digest",
+            "version",
+            "target",
+            "address",
+            "planes",
+            "rows",
+            "cols",
+            "beats",
+            "blocks",
+            "steps",
+            "step",
+            "operation",
+            "parameter",
+            "low",
+            "high",
+            "opcode",
+            "reserved",
+            *(f"{k}_{u}" for k in ("wait", "push") for u in UNITS),
+        }
         for f in INSTRUCTIONS[op].fields:
             if f.name not in ruled:
                 for value in (f.elem.lo, f.elem.hi):
@@ -55,14 +74,18 @@ def rule_cases(config):
 
     for version in (0, 2, 255):
         yield *of(Opcode.HEADER, version=version), False
-    yield *of(Opcode.HEADER, digest=0), True                    # judged by the processor
+    yield *of(Opcode.HEADER, digest=0), True  # judged by the processor
     for name in ("planes", "rows", "cols"):
         yield *of(Opcode.LOAD_TILE, **{name: 0}), False
         yield *of(Opcode.LOAD_TILE, **{name: INSTRUCTIONS[Opcode.LOAD_TILE].fields[9].elem.hi & 1023}), True
     for target in range(4):
         yield *of(Opcode.LOAD_TILE, target=target), target < 2
         yield *of(Opcode.LOAD_LINEAR, target=target), target < 3
-    for op, grain in ((Opcode.LOAD_TILE, z.unit_bytes), (Opcode.STORE, z.unit_bytes), (Opcode.LOAD_LINEAR, z.beat_bytes)):
+    for op, grain in (
+        (Opcode.LOAD_TILE, z.unit_bytes),
+        (Opcode.STORE, z.unit_bytes),
+        (Opcode.LOAD_LINEAR, z.beat_bytes),
+    ):
         for offset in {1, grain // 2, grain - 1} - {0}:
             yield *of(op, address=64 + offset), False
         for address in (0, grain, (1 << 40) - grain):
@@ -76,11 +99,34 @@ def rule_cases(config):
     yield *of(Opcode.FILL, blocks=0), False
     yield *of(Opcode.FILL, rows=4095, blocks=65535), True
     for op in (Opcode.EXECUTE, Opcode.STORE):
-        for rows, cols in ((0, 1), (1, 0), (0, 0), (1, depth), (depth, 1), (1, depth + 1), (depth + 1, 1), (2, depth // 2),
-                           (2, depth // 2 + 1), (4095, 4095), (2048, 2048), (4095, 0), (64, 64)):
+        for rows, cols in (
+            (0, 1),
+            (1, 0),
+            (0, 0),
+            (1, depth),
+            (depth, 1),
+            (1, depth + 1),
+            (depth + 1, 1),
+            (2, depth // 2),
+            (2, depth // 2 + 1),
+            (4095, 4095),
+            (2048, 2048),
+            (4095, 0),
+            (64, 64),
+        ):
             yield *of(op, rows=rows, cols=cols), 0 < rows * cols <= depth
-    for step, steps in ((0, 0), (0, entries), (0, entries + 1), (entries - 1, 1), (entries - 1, 2), (entries, 1), (entries, 0),
-                        (4095, 4095), (4095, 1), (1, 4095)):
+    for step, steps in (
+        (0, 0),
+        (0, entries),
+        (0, entries + 1),
+        (entries - 1, 1),
+        (entries - 1, 2),
+        (entries, 1),
+        (entries, 0),
+        (4095, 4095),
+        (4095, 1),
+        (1, 4095),
+    ):
         if max(step, steps) < 4096:
             yield *of(Opcode.EXECUTE, step=step, steps=steps), steps > 0 and step + steps <= entries
     for operation in range(4):
@@ -112,7 +158,8 @@ def test_every_rule(name):
     simulate(check, bench, clocked=False)
 
 
-# -- the processor -------------------------------------------------------------------------------------------------------
+# -- the processor ---------------------------------------------------------------------------------------------------
+
 
 class Bench:
     """Memory, units and a host around the processor, cycle by cycle."""
@@ -124,8 +171,8 @@ class Bench:
         self.memory, self.beats = {}, deque()
         self.got = {u: [] for u in UNITS}
         self.marks, self.done, self.requests, self.cycle, self.issued = [], 0, [], 0, 0
-        self.running_for = {u: 0 for u in UNITS}      # cycles until the unit is idle again
-        self.shown = {u: None for u in UNITS}
+        self.running_for = dict.fromkeys(UNITS, 0)  # cycles until the unit is idle again
+        self.shown = dict.fromkeys(UNITS)
 
     def place(self, offset, words):
         bus = self.config.bus.data_bits
@@ -274,13 +321,26 @@ def refusals(config):
         "no header": ([fill, end], None, Error.DIGEST_MISMATCH, 0),
         "END alone": ([end], None, Error.DIGEST_MISMATCH, 0),
         "another digest": ([other, end], None, Error.DIGEST_MISMATCH, 0),
-        "another digest, lowest bit": ([encode(Opcode.HEADER, digest=z.digest_value ^ 1, version=VERSION), end], None,
-                                       Error.DIGEST_MISMATCH, 0),
-        "another version": ([encode(Opcode.HEADER, digest=z.digest_value, version=VERSION + 1), end], None,
-                            Error.ILLEGAL_FIELD, 0),
+        "another digest, lowest bit": (
+            [encode(Opcode.HEADER, digest=z.digest_value ^ 1, version=VERSION), end],
+            None,
+            Error.DIGEST_MISMATCH,
+            0,
+        ),
+        "another version": (
+            [encode(Opcode.HEADER, digest=z.digest_value, version=VERSION + 1), end],
+            None,
+            Error.ILLEGAL_FIELD,
+            0,
+        ),
         "a second header of another digest": ([header, fill, other, end], None, Error.DIGEST_MISMATCH, 2),
         "unknown operation": ([header, fill, 15, end], None, Error.ILLEGAL_OPCODE, 2),
-        "illegal field": ([header, fill, fill, encode(Opcode.FILL, rows=0, blocks=1), end], None, Error.ILLEGAL_FIELD, 3),
+        "illegal field": (
+            [header, fill, fill, encode(Opcode.FILL, rows=0, blocks=1), end],
+            None,
+            Error.ILLEGAL_FIELD,
+            3,
+        ),
         "no END": ([header, fill, fill], None, Error.PROGRAM_END, 3),
         "END beyond the count": ([header, fill, end], 2, Error.PROGRAM_END, 2),
         "no instruction": ([header, end], 0, Error.PROGRAM_END, 0),
@@ -297,7 +357,10 @@ def test_refusals(name, what, rng):
     async def script(ctx, dut, bench):
         offset = 0x20_0000_0040
         bench.place(offset, words)
-        assert await bench.run(ctx, dut, offset, len(words) if count is None else count) == (code, offset + number * bench.stride)
+        assert await bench.run(ctx, dut, offset, len(words) if count is None else count) == (
+            code,
+            offset + number * bench.stride,
+        )
         for _ in range(60):
             await bench.step(ctx, dut)
         assert ctx.get(dut.error.valid) and ctx.get(dut.error.code) == code and bench.done == 0
@@ -311,8 +374,11 @@ def test_rate_and_back_pressure(rng):
     config = CONFIGS["bus256"]
 
     async def script(ctx, dut, bench):
-        words = [encode(Opcode.HEADER, **base_fields(config)[Opcode.HEADER]),
-                 *[encode(Opcode.FILL, rows=1, blocks=1, base=n) for n in range(60)], encode(Opcode.END)]
+        words = [
+            encode(Opcode.HEADER, **base_fields(config)[Opcode.HEADER]),
+            *[encode(Opcode.FILL, rows=1, blocks=1, base=n) for n in range(60)],
+            encode(Opcode.END),
+        ]
         bench.place(0, words)
         bench.running_for["load"] = 150
         await bench.step(ctx, dut, start=(0, len(words)))
@@ -345,7 +411,9 @@ def test_start_while_running_is_ignored(rng):
         bench.place(0x4000, [0] * 4)
         await bench.step(ctx, dut, start=(0, len(words)))
         for n in range(3000):
-            await bench.step(ctx, dut, start=(0x4000, 4) if n % 3 == 0 and not bench.done and ctx.get(dut.running) else None)
+            await bench.step(
+                ctx, dut, start=(0x4000, 4) if n % 3 == 0 and not bench.done and ctx.get(dut.running) else None
+            )
             if bench.done:
                 break
         assert bench.done == 1 and bench.got == want and not ctx.get(dut.error.valid)

@@ -1,4 +1,5 @@
 """Configurations at the edges of `spec.config` and random ones: the accelerator converts, and Verilog can say it."""
+
 from dataclasses import replace
 import re
 
@@ -11,24 +12,75 @@ from spec.config import BusConfig, Config, ControlConfig, MemoryConfig, Pattern,
 from spec.errors import InputError
 
 
-def _config(*, columns, slots, block, ns, taps=1, stream_blocks=0, bits=(8, 8, 32), depth=16, data_bits=64, burst=8,
-            outstanding=2, queue=4, fetch=4, activation_bytes=2048, weight_bytes=4096, residual_bytes=256, groups=4):
+def _config(
+    *,
+    columns,
+    slots,
+    block,
+    ns,
+    taps=1,
+    stream_blocks=0,
+    bits=(8, 8, 32),
+    depth=16,
+    data_bits=64,
+    burst=8,
+    outstanding=2,
+    queue=4,
+    fetch=4,
+    activation_bytes=2048,
+    weight_bytes=4096,
+    residual_bytes=256,
+    groups=4,
+):
     return Config(
         name="edge",
         structured=StructuredConfig(
-            columns=columns, slots=slots, block=block, patterns=tuple(Pattern(n, block) for n in ns), taps=taps,
-            stream_blocks=stream_blocks, activation_bits=bits[0], weight_bits=bits[1], accumulator_bits=bits[2],
-            accumulator_depth=depth),
-        memory=MemoryConfig(activation_bytes=activation_bytes, weight_bytes=weight_bytes, residual_bytes=residual_bytes,
-                            step_entries=16, parameter_groups=groups),
-        bus=BusConfig(data_bits=data_bits, burst_beats=burst, outstanding_reads=outstanding, outstanding_writes=outstanding),
-        control=ControlConfig(queue_depth=queue, fetch_depth=fetch))
+            columns=columns,
+            slots=slots,
+            block=block,
+            patterns=tuple(Pattern(n, block) for n in ns),
+            taps=taps,
+            stream_blocks=stream_blocks,
+            activation_bits=bits[0],
+            weight_bits=bits[1],
+            accumulator_bits=bits[2],
+            accumulator_depth=depth,
+        ),
+        memory=MemoryConfig(
+            activation_bytes=activation_bytes,
+            weight_bytes=weight_bytes,
+            residual_bytes=residual_bytes,
+            step_entries=16,
+            parameter_groups=groups,
+        ),
+        bus=BusConfig(
+            data_bits=data_bits, burst_beats=burst, outstanding_reads=outstanding, outstanding_writes=outstanding
+        ),
+        control=ControlConfig(queue_depth=queue, fetch_depth=fetch),
+    )
 
 
 EDGES = {
-    "smallest": _config(columns=2, slots=2, block=2, ns=[2], depth=4, data_bits=32, burst=1, outstanding=1, queue=2, fetch=2,
-                        activation_bytes=256, weight_bytes=256, residual_bytes=64, groups=2, bits=(2, 2, 16)),
-    "widest bus": _config(columns=4, slots=4, block=4, ns=[1, 2, 4], taps=2, data_bits=1024, burst=4, residual_bytes=64),
+    "smallest": _config(
+        columns=2,
+        slots=2,
+        block=2,
+        ns=[2],
+        depth=4,
+        data_bits=32,
+        burst=1,
+        outstanding=1,
+        queue=2,
+        fetch=2,
+        activation_bytes=256,
+        weight_bytes=256,
+        residual_bytes=64,
+        groups=2,
+        bits=(2, 2, 16),
+    ),
+    "widest bus": _config(
+        columns=4, slots=4, block=4, ns=[1, 2, 4], taps=2, data_bits=1024, burst=4, residual_bytes=64
+    ),
     "one beat per tile": _config(columns=4, slots=4, block=4, ns=[4], data_bits=128),
     "groups of many blocks": _config(columns=32, slots=2, block=2, ns=[2], data_bits=256, activation_bytes=256),
     "all segments": _config(columns=4, slots=8, block=4, ns=[1, 4], taps=4, stream_blocks=8),
@@ -41,14 +93,23 @@ def random_config(rng):
     """Any small legal configuration."""
     while True:
         block = int(rng.choice([2, 4, 8]))
-        ns = [n for n in (1, 2, 4, 8) if n < block and rng.random() < .5] + [block]
+        ns = [n for n in (1, 2, 4, 8) if n < block and rng.random() < 0.5] + [block]
         try:
             return _config(
-                columns=block * int(rng.choice([1, 2, 4])), slots=block * int(rng.choice([1, 2])), block=block, ns=ns,
-                taps=int(rng.choice([1, 2, 4])), stream_blocks=int(rng.choice([0, 1, 2, 4])), depth=int(rng.choice([4, 32])),
+                columns=block * int(rng.choice([1, 2, 4])),
+                slots=block * int(rng.choice([1, 2])),
+                block=block,
+                ns=ns,
+                taps=int(rng.choice([1, 2, 4])),
+                stream_blocks=int(rng.choice([0, 1, 2, 4])),
+                depth=int(rng.choice([4, 32])),
                 bits=(int(rng.integers(2, 9)), int(rng.integers(2, 9)), int(rng.integers(16, 33))),
-                data_bits=int(rng.choice([32, 64, 128, 256, 512])), burst=int(rng.choice([1, 2, 8])),
-                outstanding=int(rng.integers(1, 5)), queue=int(rng.choice([2, 8])), fetch=int(rng.choice([2, 4, 16])))
+                data_bits=int(rng.choice([32, 64, 128, 256, 512])),
+                burst=int(rng.choice([1, 2, 8])),
+                outstanding=int(rng.integers(1, 5)),
+                queue=int(rng.choice([2, 8])),
+                fetch=int(rng.choice([2, 4, 16])),
+            )
         except InputError:
             continue
 

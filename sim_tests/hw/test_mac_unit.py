@@ -1,4 +1,5 @@
 """The N:M MAC unit alone."""
+
 from dataclasses import replace
 
 import pytest
@@ -12,9 +13,17 @@ CONFIGS = {
     # a narrow accumulator reaches both of its ends
     "narrow": replace(load("tiny"), structured=replace(load("tiny").structured, accumulator_bits=18)),
     # a port narrower than 1:8 asks for
-    "throttled": replace(load("nm64"), structured=replace(load("nm64").structured, stream_blocks=4, accumulator_bits=20)),
-    "wide": Config(structured=StructuredConfig(columns=16, slots=16, block=16, patterns=(
-        Pattern(1, 16), Pattern(2, 16), Pattern(4, 16), Pattern(8, 16), Pattern(16, 16)))),
+    "throttled": replace(
+        load("nm64"), structured=replace(load("nm64").structured, stream_blocks=4, accumulator_bits=20)
+    ),
+    "wide": Config(
+        structured=StructuredConfig(
+            columns=16,
+            slots=16,
+            block=16,
+            patterns=(Pattern(1, 16), Pattern(2, 16), Pattern(4, 16), Pattern(8, 16), Pattern(16, 16)),
+        )
+    ),
 }
 
 

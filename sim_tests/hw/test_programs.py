@@ -1,4 +1,5 @@
 """Programs on the whole accelerator against the machine: wrong ones, and random networks lowered to random configs."""
+
 from dataclasses import replace
 import os
 
@@ -28,7 +29,8 @@ def wrong_programs():
         "load for execute": encode(Opcode.FILL, **FILL, wait_execute=1),
         "execute for load": encode(Opcode.EXECUTE, rows=1, cols=1, steps=1, wait_load=1),
         "store for execute": encode(Opcode.STORE, rows=1, cols=1, wait_execute=1),
-        "store for load": encode(Opcode.STORE, rows=1, cols=1, wait_load=1)}
+        "store for load": encode(Opcode.STORE, rows=1, cols=1, wait_load=1),
+    }
     cases = {
         "as many tokens as fit": ([*pushes, END], "same memory"),
         "one token too many": ([*pushes, encode(Opcode.FILL, **FILL, push_execute=1), END], "same error"),
@@ -63,7 +65,9 @@ def test_memory_window(tiny, rng):
     little = LittleProgram(TINY, rng)
     size = little.program + little.count * little.stride
     assert verdict(tiny, TINY, little.memory[:size], little.program, little.count, 0, "fits") == "same memory"
-    assert verdict(tiny, TINY, little.memory[:size - 8], little.program, little.count, 0, "one beat less") == "same error"
+    assert (
+        verdict(tiny, TINY, little.memory[: size - 8], little.program, little.count, 0, "one beat less") == "same error"
+    )
 
 
 #: Layers per configuration; a soak takes more.
@@ -74,21 +78,33 @@ LAYERS = 400 if os.environ.get("SUMMAND_SOAK") else 25
 def test_random_layers(name, rng):
     """Layers of every kind, lowered; every byte of memory, under random latency and stalls."""
     config = CONFIGS[name]
-    if name == "block8":        # its narrow accumulators are for other tests
+    if name == "block8":  # its narrow accumulators are for other tests
         config = replace(config, structured=replace(config.structured, accumulator_bits=32))
     simulator, done = simulator_of(config), 0
     while done < LAYERS:
         network, what = random_network(rng, config.structured.block)
         try:
             lowered = lower(network, config, batch=int(rng.integers(1, 3)))
-        except InputError:      # more than this configuration's buffers hold
+        except InputError:  # more than this configuration's buffers hold
             continue
         memory = lowered.new_memory()
-        memory[lowered.image.size:] = rng.integers(0, 256, memory.size - lowered.image.size)
+        memory[lowered.image.size :] = rng.integers(0, 256, memory.size - lowered.image.size)
         for tensor in lowered.inputs:
             shape = (lowered.batch, *network.tensors[tensor].shape)
             lowered.write_tensor(memory, tensor, rng.integers(-128, 128, shape).astype(np.int8))
         stall, latency = (0.0, 0.2, 0.6)[done % 3], int(rng.choice([1, 3, 20, 200]))
-        assert verdict(simulator, config, memory, lowered.program_offset, lowered.instruction_count, done, f"{name} {what}",
-                       stall=stall, latency=latency) == "same memory", what
+        assert (
+            verdict(
+                simulator,
+                config,
+                memory,
+                lowered.program_offset,
+                lowered.instruction_count,
+                done,
+                f"{name} {what}",
+                stall=stall,
+                latency=latency,
+            )
+            == "same memory"
+        ), what
         done += 1

@@ -19,7 +19,7 @@ class Host:
         if stall:
             interfaces = (self.ram.write_if.aw_channel, self.ram.write_if.w_channel, self.ram.write_if.b_channel,
                           self.ram.read_if.ar_channel, self.ram.read_if.r_channel)
-            for n, channel in enumerate(interfaces):
+            for channel in interfaces:
                 channel.set_pause_generator(self._pauses(rng.spawn(1)[0], stall))
 
     @staticmethod

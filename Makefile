@@ -43,10 +43,9 @@ lint: $(STAMP)
 bench: $(STAMP)
 	@$(PYTHON) -m sim_tests.bench.bench --json build/bench.json
 
-#: make soak SEEDS=N       the random tests with N other seeds
+#: make soak SEEDS=N       random tests, networks and planted faults with N seeds that nobody has tried
 soak: $(STAMP)
-	@for seed in $$(seq 1 $(SEEDS)); do echo "seed $$seed"; \
-	  SUMMAND_SOAK=1 $(PYTHON) -m pytest -q -n $(JOBS) --seed $$seed $(TESTS); done
+	@$(PYTHON) -m sim_tests.soak.run --seeds $(SEEDS) --jobs $(JOBS)
 
 #: make synth CONFIG=FILE  cell counts from Yosys
 synth: $(STAMP)

@@ -18,6 +18,7 @@ from sim_tests.bench.cosim import prepare
 from sim_tests.bench.simulation import SimulationError, simulate
 from sim_tests.lowering.networks import expected
 from sim_tests.lowering.random_layers import random_network
+from sim_tests.soak import PYTHON
 from spec.config import Config, MemoryConfig, Pattern, StructuredConfig, load, presets
 from spec.errors import InputError
 
@@ -108,7 +109,7 @@ def main(argv=None):
         except (AssertionError, SimulationError) as error:
             failed += 1
             again = f"--seed {args.seed} --only {n}" + (f" --config {args.config}" if args.config else "")
-            print(f"network {n}: {error}\n  repeat with: python -m sim_tests.soak.networks {again}", flush=True)
+            print(f"network {n}: {error}\n  repeat with: {PYTHON} -m sim_tests.soak.networks {again}", flush=True)
             continue
         if result is None:
             refused += 1

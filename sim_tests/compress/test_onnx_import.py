@@ -353,3 +353,9 @@ def test_signalling_nan_is_refused():
 
     with pytest.raises(InputError, match="must be finite"):
         onnx_import.parse(mutated(change).SerializeToString())
+
+
+@pytest.mark.parametrize("node, layer", [
+    ("/a/a.0/Conv", "a_a_0_Conv"), ("conv1", "conv1"), ("///", ""), ("x" * 60, "x" * 48)])
+def test_layer_names_of_nodes(node, layer):
+    assert onnx_import.layer_name(node) == layer

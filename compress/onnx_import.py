@@ -97,7 +97,7 @@ def parse(data, *, name="network"):
 
 
 def layer_name(node_name):
-    """Name of the layer made from an ONNX node: letters, digits and _, at most 48 (``/a/a.0/Conv`` -> ``a_a_0_Conv``)."""
+    """Layer of an ONNX node: its letters, digits and _, at most 48 (``/a/a.0/Conv`` -> ``a_a_0_Conv``)."""
     return re.sub(r"\W+", "_", node_name, flags=re.ASCII).strip("_")[:48]
 
 

@@ -1,5 +1,6 @@
 """What the tests of the DMA masters share: requests, the bursts they must become, windows and memories."""
 from dataclasses import replace
+import os
 import random
 
 from spec.config import BusConfig, load
@@ -18,6 +19,9 @@ CONFIGS = {
                                            outstanding_writes=16)),
     "single": replace(_TINY, bus=BusConfig(data_bits=64, burst_beats=1, outstanding_reads=1, outstanding_writes=1)),
 }
+
+#: What each run of the tests takes for the long benches; `make soak` takes all.
+OFTEN = CONFIGS if os.environ.get("SUMMAND_SOAK") else ("tiny", "single")
 
 
 def request_word(offset, beats):

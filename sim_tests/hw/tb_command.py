@@ -298,11 +298,11 @@ async def empty_and_longest_fetches(dut):
 async def what_is_fetched_beyond_the_end_is_thrown_away(dut):
     """PROGRAM_COUNT may be larger than the program, by any bit of it; the next program begins with its own words."""
     rng, rules = np.random.default_rng(cocotb.RANDOM_SEED), Rules(config_of_run())
-    longer = [*range(12), *(1 << k for k in range(4, 32))]
-    for n, extra in enumerate(longer):
-        program = random_program(rules, rng, int(rng.integers(0, 9)))
-        world = World(dut, program, rng=rng, count=min(len(program) + extra, (1 << 32) - 1), busy=1,
-                      latency=int(rng.integers(1, 9)), idle=float(rng.choice([0, .5])))
+    counts = [*range(2, 12), *(1 << k for k in range(4, 32)), *rng.integers(11, 1 << 32, 30).tolist()]
+    for n, count in enumerate(counts):
+        program = random_program(rules, rng, int(rng.integers(0, min(count - 1, 9))))
+        world = World(dut, program, rng=rng, count=count, busy=1, latency=int(rng.integers(1, 9)),
+                      idle=float(rng.choice([0, .5])))
         (await world.run(begin=None if n else start, drain=20)).close()
 
 
@@ -354,7 +354,7 @@ async def every_field_at_its_edge_is_legal(dut):
 
 
 async def attempt(dut, program, *, rng, first, at=0, begin=True):
-    """Runs a short program without stalls; returns (error word, instructions handed out, requests, done)."""
+    """Runs a short program without stalls; returns (error word, instructions handed out, done, issued)."""
     config = config_of_run()
     bus, beats = config.bus.data_bits, Sizes(config).instruction_beats
     if begin:
@@ -362,7 +362,7 @@ async def attempt(dut, program, *, rng, first, at=0, begin=True):
                                           store__ready=1, request__ready=1)
     dut.program.value, dut.count.value, dut.start.value = at, len(program), 1
     words = deque(word >> b * bus & (1 << bus) - 1 for word in program for b in range(beats))
-    handed, asked, done, quiet, budget = [], 0, False, 0, 0
+    handed, asked, done, issued, quiet, budget = [], 0, False, 0, 0, 0
     while quiet < 12:
         await FallingEdge(dut.clk)
         dut.start.value = 0 if budget else 1
@@ -382,8 +382,9 @@ async def attempt(dut, program, *, rng, first, at=0, begin=True):
             asked -= 1
             quiet = 0
         done |= bool(dut.done.value)
+        issued += int(dut.issued.value)
     await FallingEdge(dut.clk)
-    return int(dut.error.value), handed, done
+    return int(dut.error.value), handed, done, issued
 
 
 def error_word(code, address):
@@ -392,13 +393,13 @@ def error_word(code, address):
 
 async def refused(dut, program, code, number, *, rng, first):
     """The instruction ``number`` stops the program with ``code``; only those before it are handed out."""
-    at = int(rng.integers(1 << 30)) * 8
-    error, handed, done = await attempt(dut, program, rng=rng, first=first, at=at)
+    at = int(rng.integers(1 << 36)) * 8
+    error, handed, done, issued = await attempt(dut, program, rng=rng, first=first, at=at)
     bytes_each = Sizes(config_of_run()).instruction_beats * config_of_run().bus.data_bits // 8
     name = f"{program[number]:#x}" if number < len(program) else "the end"
     assert error == error_word(code, at + number * bytes_each), f"error {error:#x} for {name}"
     want = [w for w in program[:number] if UNIT_OF.get(w & 15, Unit.CONTROL) != Unit.CONTROL]
-    assert handed == want and not done, name
+    assert handed == want and issued == number and not done, name
 
 
 @cocotb.test(timeout_time=20, timeout_unit="ms")
@@ -430,6 +431,8 @@ async def other_programs_are_refused(dut):
         cases += [([rules.header(), fill, other, end], Error.DIGEST_MISMATCH, 2)]
     others = [op for op in Opcode if op != Opcode.HEADER]
     cases += [([encode(op, **rules.any(op, rng)), end], Error.DIGEST_MISMATCH, 0) for op in others]
+    masked = rules.header() & ~15 | Opcode.FILL     # carries the digest, but is no HEADER
+    cases += [([masked, end], Error.DIGEST_MISMATCH, 0)]
     cases += [([rules.header()], Error.PROGRAM_END, 1), ([rules.header(), fill, fill], Error.PROGRAM_END, 3),
               ([], Error.PROGRAM_END, 0)]
     for n, (program, code, number) in enumerate(cases):

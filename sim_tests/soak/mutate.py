@@ -165,7 +165,7 @@ def campaign(name, *, count, seed):
     alive = [m for m in mutants if verdicts[m.number]["kind"] != "killed"]
     same = [m for m in alive if equal(m, name, folder)]
     alive = [m for m in alive if m not in same]
-    verdicts = run(chosen, name, mutants, folder, numbers=[m.number for m in alive], budget=0, **setup)
+    verdicts |= run(chosen, name, mutants, folder, numbers=[m.number for m in alive], budget=0, **setup)
     left = [m for m in alive if verdicts[m.number]["kind"] != "killed"]
     killed = len(mutants) - len(same) - len(left)
     how, tests = {}, {}

@@ -302,7 +302,7 @@ async def what_is_fetched_beyond_the_end_is_thrown_away(dut):
     for n, count in enumerate(counts):
         program = random_program(rules, rng, int(rng.integers(0, min(count - 1, 9))))
         world = World(dut, program, rng=rng, count=count, busy=1, latency=int(rng.integers(1, 9)),
-                      idle=float(rng.choice([0, .5])))
+                      idle=float(rng.choice([0, .5, .93])))
         (await world.run(begin=None if n else start, drain=20)).close()
 
 

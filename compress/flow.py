@@ -28,7 +28,7 @@ def load_samples(source, graph, *, limit=None):
     shape = graph.shapes[graph.input]
     if source is None:
         random = random_calibration(shape)
-        return random.x, None, random.source
+        return random.x[:limit], None, random.source
     if str(source).startswith("demo:"):
         split = str(source).removeprefix("demo:")
         x, labels = demo.digits(split)

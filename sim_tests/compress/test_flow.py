@@ -124,3 +124,10 @@ def test_data_that_do_not_fit(tmp_path):
         with pytest.raises(InputError) as caught:
             compress("dense", calibration=path)
         assert text in str(caught.value) and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("source", [None, "demo:calibration"])
+@pytest.mark.parametrize("limit", [1, 5])
+def test_limit_counts_samples_of_every_source(source, limit):
+    x, _, _ = flow.load_samples(source, onnx_import.load(DIGITS), limit=limit)
+    assert x.shape == (limit, 8, 8, 1)

@@ -10,7 +10,9 @@ Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVP
 """
 import argparse
 from pathlib import Path
+import pickle       # for its exception alone
 import re
+import zipfile
 
 import numpy as np
 import onnx
@@ -19,6 +21,9 @@ import torch
 
 from spec.errors import InputError
 
+#: What `torch.load` raises for files that are not what they should be.
+DAMAGED = (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, pickle.UnpicklingError,
+           zipfile.BadZipFile)
 #: Channels of the three stages.
 WIDTHS = (16, 32, 64)
 
@@ -27,7 +32,7 @@ def load_state(path):
     """{name: float32 array} of a state dict file. Raises InputError for anything else."""
     try:
         raw = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:       # torch raises many types for damaged files, and documents none of them
+    except DAMAGED as error:
         raise InputError(f"must be a PyTorch state dict ({type(error).__name__})", source=path) from error
     raw = raw.get("state_dict", raw) if isinstance(raw, dict) else {}
     state = {name.removeprefix("module."): value.numpy() for name, value in raw.items()

@@ -17,11 +17,6 @@ def request_layout():
     return data.StructLayout({"offset": OFFSET_BITS, "beats": BEATS_BITS})
 
 
-def error_layout():
-    """A sticky error: ``code`` of `spec.registers.Error`, ``address`` is the memory offset that belongs to it."""
-    return data.StructLayout({"valid": 1, "code": 8, "address": OFFSET_BITS})
-
-
 class RegisterSlice(wiring.Component):
     """Two registers that cut every combinational path of a stream. Latency 1, one word per cycle.
 

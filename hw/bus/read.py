@@ -5,8 +5,8 @@ from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
 from hw.bus.axi import BURST_INCR, CACHE_NORMAL, RESP_OKAY, read_signature
-from hw.bus.burst import (
-    OFFSET_BITS, SIZE_BITS, BurstSplitter, RegisterSlice, error_layout, request_layout)
+from hw.bus.burst import OFFSET_BITS, SIZE_BITS, BurstSplitter, RegisterSlice, request_layout
+from hw.layouts import error_layout
 from spec.config import Config
 from spec.registers import Error
 
@@ -40,7 +40,7 @@ class ReadMaster(wiring.Component):
         m_axi: Out(AXI4 read channels).
         memory_base: In(40), bytes, multiple of 4096; memory_bytes: In(41); both constant while not idle.
         stop: In(1); idle: Out(1), no request, no AR, no outstanding beat.
-        beat: Out(1), pulse for each R beat transferred; error: Out(`hw.bus.burst.error_layout`).
+        beat: Out(1), pulse for each R beat transferred; error: Out(`hw.layouts.error_layout`).
     """
 
     #: Cycles from an R transfer to ``data.valid``.

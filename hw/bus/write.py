@@ -5,7 +5,8 @@ from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
 from hw.bus.axi import BURST_INCR, CACHE_NORMAL, RESP_OKAY, write_signature
-from hw.bus.burst import OFFSET_BITS, SIZE_BITS, BurstSplitter, error_layout, request_layout
+from hw.bus.burst import OFFSET_BITS, SIZE_BITS, BurstSplitter, request_layout
+from hw.layouts import error_layout
 from spec.config import Config
 from spec.registers import Error
 
@@ -38,7 +39,7 @@ class WriteMaster(wiring.Component):
         memory_base: In(40), bytes, multiple of 4096; memory_bytes: In(41); both constant while not idle.
         stop: In(1); idle: Out(1), no request, nothing owed, nothing unacknowledged.
         done: Out(1), pulse for each request whose bursts were all acknowledged with OKAY, in order.
-        beat: Out(1), pulse for each W beat transferred; error: Out(`hw.bus.burst.error_layout`).
+        beat: Out(1), pulse for each W beat transferred; error: Out(`hw.layouts.error_layout`).
     """
 
     def __init__(self, *, config):

@@ -14,6 +14,8 @@ from spec.errors import InputError
 MAX_COUNT = 4095
 #: Pitches tried beyond the smallest: enough to move kernel rows to other banks.
 EXTRA_PITCHES = 4
+#: Cycles of a step beyond its tile's beats when it has too few pixels to hide the tile (docs/architecture.md).
+STEP_OVERHEAD_CYCLES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +225,8 @@ class Tiler:
         strips = ceil_div(out.height, rows) * ceil_div(rows, strip_rows) * ceil_div(out.width, cols) * \
             ceil_div(cols, strip_cols)
         tiles = ceil_div(out.height, rows) * ceil_div(out.width, cols)
-        compute = strips * groups * (max(steps * pixels, beats) + 8 * len(chunks))
+        step_cycles = max(pixels, ceil_div(beats, steps) + STEP_OVERHEAD_CYCLES)
+        compute = strips * groups * (steps * step_cycles + 8 * len(chunks))
         weight_beats = beats * groups
         if weight_beats > sizes.weight_beats:
             weight_beats *= tiles if beats <= sizes.weight_beats // 2 else strips

@@ -33,6 +33,18 @@ def test_cycles_of_the_target_layer(rng, patterns, ideal, most):
     assert p.counters["EXECUTE_ISSUE"] == ideal and p.cycles <= most
 
 
+def test_sparse_is_faster_than_dense_where_strips_are_small(rng):
+    """tiny, 8x8x32 -> 64, stride 2: strips of few pixels do not hide the weight tiles, and the search must know."""
+    config, cycles = load("tiny"), {}
+    for pattern in ("4:4", "2:4", "1:4"):
+        layer, out = convolution(rng, size=(8, 8), channels=32, outputs=64, patterns=[pattern], stride=(2, 2),
+                                 pads=(1, 1, 1, 1))
+        lowered = lower(network((8, 8), 32, [layer], [out]), config)
+        p = predict(config, _program(lowered, config)[0], lowered.new_memory(), program_offset=lowered.program_offset)
+        cycles[pattern] = p.cycles
+    assert cycles["2:4"] < 0.85 * cycles["4:4"] and cycles["1:4"] < 0.5 * cycles["4:4"], cycles
+
+
 def test_first_instructions(rng):
     """Padding, step table, one weight tile, the first strip's first rows, EXECUTE; parameters only later."""
     config = load("nm256")

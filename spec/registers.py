@@ -96,7 +96,7 @@ REGISTERS = (
     Register("IRQ_STATUS", 0x18, Access.CLEAR, 2, "Bit 0 done, bit 1 error."),
     Register("IRQ_ENABLE", 0x1C, _RW, 2, "Interrupt output = any bit of IRQ_STATUS & IRQ_ENABLE."),
     Register("ERROR_CODE", 0x20, _RO, 8, "First error since reset, see the error table."),
-    Register("ERROR_ADDRESS_LOW", 0x24, _RO, 32, "Memory offset that belongs to the error."),
+    Register("ERROR_ADDRESS_LOW", 0x24, _RO, 32, "Memory offset that belongs to the error; 0 where none does."),
     Register("ERROR_ADDRESS_HIGH", 0x28, _RO, 8, "Upper bits of it."),
     Register("MARK", 0x2C, _RO, 16, "Number of the last BARRIER passed."),
     Register("MEMORY_BASE_LOW", 0x30, _RW, 32, "Bus address of offset 0; a multiple of 4096."),

@@ -10,6 +10,9 @@ for each array. The manifest is JSON:
   ``kind`` ``convolution``, ``pool`` or ``add``; fields as in `compress.network`, arrays by member name), and
   ``provenance``.
 
+A term of a convolution is ``pattern`` and ``values`` (int8 [outputs, kernel_h, kernel_w, channels / groups]), or,
+packed as the hardware reads it, ``pattern``, ``channels``, ``slots`` and ``index`` (see `compress.packing`).
+
 Two saves of one network are byte-identical. There is no pickle, and no path is taken from the file.
 """
 from contextlib import suppress
@@ -26,7 +29,7 @@ import zipfile
 
 import numpy as np
 
-from compress import arrays, validate
+from compress import arrays, packing, validate
 from compress.network import Add, Convolution, Network, Pool, Requantization, Tensor, Term
 from spec.config import Pattern
 from spec.errors import InputError
@@ -39,21 +42,23 @@ MAX_MANIFEST_BYTES = 16 << 20
 MAX_MEMBERS = 4096
 _MEMBER = re.compile(r"[a-z0-9_.]{1,60}\.npy", re.ASCII)
 #: dtype of each kind of array.
-_TYPES = {"bias": "<i4", "multiplier": "<u2", "shift": "|u1", "weight_scale": "<f8", "values": "|i1"}
+_TYPES = {"bias": "<i4", "multiplier": "<u2", "shift": "|u1", "weight_scale": "<f8", "values": "|i1", "slots": "|i1",
+          "index": "|u1"}
 _END = struct.Struct("<4s4H2LH")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
-def save(network, path):
+def save(network, path, *, packed=False):
     """Write ``network`` to ``path`` (beside it first, then renamed, so that no half-written package ever exists).
 
+    ``packed``: sparse terms as slots and indices (`compress.packing`) instead of whole tensors.
     Returns: the package's digest.
     Raises: InputError for a network that breaks a rule, or a path that cannot be written.
     """
     validate.network(network)
-    data, digest = pack(network)
+    data, digest = pack(network, packed=packed)
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{token_hex(8)}")
     try:
@@ -69,8 +74,8 @@ def save(network, path):
     return digest
 
 
-def pack(network):
-    """(bytes of the package, digest) of a network."""
+def pack(network, *, packed=False):
+    """(bytes of the package, digest) of a network; ``packed`` as for `save`."""
     members = {}
 
     def member(index, kind, array, number=""):
@@ -78,7 +83,7 @@ def pack(network):
         members[name] = (arrays.write_npy(array), array)
         return name
 
-    layers = [_layer_tree(layer, lambda kind, array, number="", i=i: member(i, kind, array, number))
+    layers = [_layer_tree(layer, lambda kind, array, number="", i=i: member(i, kind, array, number), packed)
               for i, layer in enumerate(network.layers)]
     tensors = [{"name": t.name, "height": t.height, "width": t.width, "channels": t.channels, "scale": t.scale,
                 "zero_point": t.zero_point} for t in network.tensors.values()]
@@ -108,7 +113,15 @@ def _digest(manifest):
     return sha256(json.dumps(tree, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
 
 
-def _layer_tree(layer, member):
+def _term_tree(term, number, member, packed):
+    if not packed or term.dense:
+        return {"pattern": str(term.pattern), "values": member("values", term.values, number)}
+    slots, index = packing.pack_term(term.values, term.pattern)
+    return {"pattern": str(term.pattern), "channels": int(term.values.shape[3]),
+            "slots": member("slots", slots, number), "index": member("index", index, number)}
+
+
+def _layer_tree(layer, member, packed):
     r = layer.requantization
     tree = {
         "name": layer.name, "input": layer.input, "output": layer.output, "residual": layer.residual,
@@ -121,8 +134,7 @@ def _layer_tree(layer, member):
         scale = layer.weight_scale
         return tree | {
             "kind": "convolution",
-            "terms": [{"pattern": str(t.pattern), "values": member("values", t.values, n)}
-                      for n, t in enumerate(layer.terms)],
+            "terms": [_term_tree(t, n, member, packed) for n, t in enumerate(layer.terms)],
             "stride": list(layer.stride), "pads": list(layer.pads), "dilation": list(layer.dilation),
             "groups": layer.groups, "format": layer.format, "metrics": layer.metrics,
             "weight_scale": None if scale is None else member("weight_scale", scale)}
@@ -184,7 +196,11 @@ def unpack(data):
             raise InputError(f"must have type {_TYPES[kind]}", field=where, value=dtype.str)
         return np.broadcast_to(np.zeros((), dtype), shape)              # a shape without memory
 
-    validate.structure(_network(manifest["network"], placeholder))
+    def outline(slots, index, channels, pattern, where):
+        shape = packing.check_shapes(slots, index, channels, pattern, where)
+        return np.broadcast_to(np.zeros((), np.int8), shape)
+
+    validate.structure(_network(manifest["network"], placeholder, outline))
     if unused := sorted(promised.keys() - set(used)):
         raise InputError("must be used by a layer", field=f"arrays.{unused[0]}")
     loaded = {}
@@ -192,7 +208,7 @@ def unpack(data):
         if sha256(members[name]).hexdigest() != entry["sha256"]:
             raise InputError("must have the sha256 that the manifest gives", field=f"arrays.{name}")
         loaded[name] = arrays.read_npy(members[name], where=f"arrays.{name}", types=tuple(_TYPES.values()))
-    network = _network(manifest["network"], lambda name, kind, where: loaded[name])
+    network = _network(manifest["network"], lambda name, kind, where: loaded[name], packing.unpack_term)
     validate.contents(network)
     return network
 
@@ -290,9 +306,9 @@ def _text(value, where, *, optional=False):
     return value
 
 
-def _network(tree, array):
-    """Network of a manifest tree; ``array(member, kind, where)`` gives its arrays. Types are checked here, values by
-    `compress.validate`."""
+def _network(tree, array, expand):
+    """Network of a manifest tree; ``array(member, kind, where)`` gives its arrays, ``expand`` (as
+    `packing.unpack_term`) the values of packed terms. Types are checked here, values by `compress.validate`."""
     tree = _object(tree, ("name", "input", "output", "tensors", "layers", "provenance"), "network")
     tensors = {}
     for n, item in enumerate(_list(tree["tensors"], "network.tensors")):
@@ -305,7 +321,7 @@ def _network(tree, array):
         if type(scale) not in (int, float) or not math.isfinite(scale):
             raise InputError("must be finite and above 0", field=f"{where}.scale", value=scale)
         tensors[name] = Tensor(**(item | {"scale": float(scale)}))
-    layers = tuple(_layer(item, f"network.layers[{n}]", array)
+    layers = tuple(_layer(item, f"network.layers[{n}]", array, expand)
                    for n, item in enumerate(_list(tree["layers"], "network.layers")))
     return Network(name=_text(tree["name"], "network.name"), input=_text(tree["input"], "network.input"),
                    output=_text(tree["output"], "network.output"), tensors=tensors, layers=layers,
@@ -318,7 +334,20 @@ _FIELDS = {"convolution": ("terms", "stride", "pads", "dilation", "groups", "for
 _NUMBERS = ("zero_point", "low", "high", "residual_zero_point", "residual_multiplier")
 
 
-def _layer(item, where, array):
+def _term(term, at, array, expand):
+    term = _object(term, None, at)
+    if "values" in term:
+        _object(term, ("pattern", "values"), at)
+    else:
+        _object(term, ("pattern", "channels", "slots", "index"), at)
+    pattern = Pattern.parse(_text(term["pattern"], f"{at}.pattern"), field=f"{at}.pattern")
+    if "values" in term:
+        return Term(pattern=pattern, values=array(term["values"], "values", f"{at}.values"))
+    slots, index = (array(term[p], p, f"{at}.{p}") for p in ("slots", "index"))
+    return Term(pattern=pattern, values=expand(slots, index, term["channels"], pattern, at))
+
+
+def _layer(item, where, array, expand):
     kind = _object(item, None, where).get("kind")
     if not isinstance(kind, str) or kind not in _FIELDS:
         raise InputError("must be convolution, pool or add", field=f"{where}.kind", value=kind)
@@ -339,10 +368,7 @@ def _layer(item, where, array):
         return Pool(kind=_text(item["pool"], f"{where}.pool"), **sizes, **shared)
     terms = []
     for n, term in enumerate(_list(item["terms"], f"{where}.terms")):
-        at = f"{where}.terms[{n}]"
-        term = _object(term, ("pattern", "values"), at)
-        terms.append(Term(pattern=Pattern.parse(_text(term["pattern"], f"{at}.pattern"), field=f"{at}.pattern"),
-                          values=array(term["values"], "values", f"{at}.values")))
+        terms.append(_term(term, f"{where}.terms[{n}]", array, expand))
     if not terms:
         raise InputError("must have at least one term", field=f"{where}.terms")
     scale = item["weight_scale"]

@@ -160,7 +160,7 @@ def compress(args):
             permutation=args.permute,
             progress=progress,
         )
-    digest = package.save(network, args.out)
+    digest = package.save(network, args.out, packed=args.packed)
     rows = []
     for layer in network.layers:
         if isinstance(layer, Convolution):
@@ -517,6 +517,7 @@ def parser():
     )
     sub.add_argument("--permute", action="store_true", help="reorder channels to keep more magnitude")
     sub.add_argument("--out", required=True, metavar="PKG", help="package to write")
+    sub.add_argument("--packed", action="store_true", help="sparse terms slot by slot, as the hardware reads them")
 
     sub = command("run", run, "run build/digits.summand --engine golden --input demo:heldout")
     sub.add_argument("model", metavar="PKG", help="package, or ONNX file with --engine onnx")

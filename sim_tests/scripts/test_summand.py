@@ -69,6 +69,19 @@ def test_compress_and_run(capsys, package, tmp_path):
         assert y["y"].shape == (350, 1, 1, 10)
 
 
+def test_packed_package_is_smaller_and_runs_alike(capsys, tmp_path):
+    outputs = []
+    for flags in ((), ("--packed",)):
+        path = tmp_path / f"p{len(flags)}.summand"
+        arguments = ("--method", "nm:2:4", "--calibration", "demo:calibration", "--out", path)
+        assert call(capsys, "compress", DIGITS, *arguments, *flags)[0] == 0
+        assert call(capsys, "run", path, "--input", "demo:heldout", "--out", tmp_path / "y.npz")[0] == 0
+        with np.load(tmp_path / "y.npz") as y:
+            outputs.append((path.stat().st_size, y["y"]))
+    assert outputs[1][0] < outputs[0][0]
+    np.testing.assert_array_equal(outputs[0][1], outputs[1][1])
+
+
 def test_run_onnx(capsys):
     status, out, _ = call(capsys, "run", DIGITS, "--engine", "onnx", "--input", "demo:heldout")
     assert status == 0 and float(re.search(r"accuracy ([\d.]+) %", out)[1]) > 90

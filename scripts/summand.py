@@ -120,7 +120,8 @@ def load_inputs(args, network):
 
     shape = network.tensors[network.input].shape
     shim = SimpleNamespace(input=network.input, shapes={network.input: shape})  # the loader asks for no more
-    x, labels, source = flow.load_samples(args.input, shim, limit=args.images)
+    few = 1 if args.input is None and args.command == "cosim" else None  # random data say no more in number
+    x, labels, source = flow.load_samples(args.input, shim, limit=args.images or few)
     if not len(x):
         raise InputError("must hold at least one sample", source=args.input)
     return x, labels, source
@@ -157,6 +158,7 @@ def compress(args):
             calibration=args.calibration,
             validation=args.validation,
             observer=args.observer,
+            search=args.search,
             permutation=args.permute,
             progress=progress,
         )
@@ -507,13 +509,17 @@ def parser():
     )
     sub.add_argument("model", metavar="MODEL", help="ONNX file")
     sub.add_argument(
-        "--method", required=True, metavar="M", help="dense, nm:2:4, tasd:4:8+1:8, tasder, or a recipe file"
+        "--method", required=True, metavar="M",
+        help="dense, nm:2:4, tasd:4:8+1:8, tasder, svd:F, tucker:F, tt:F, or a recipe file",
     )
     sub.add_argument("--config", metavar="CONFIG", help="configuration whose patterns tasder searches")
     sub.add_argument("--calibration", metavar="F", help=data)
     sub.add_argument("--validation", metavar="F", help="labelled data by which tasder judges accuracy")
     sub.add_argument(
         "--observer", choices=("minmax", "percentile", "mse"), default="minmax", help="activation ranges (minmax)"
+    )
+    sub.add_argument(
+        "--search", choices=("layer", "network"), default="layer", help="tasder: a series per layer, or one for all"
     )
     sub.add_argument("--permute", action="store_true", help="reorder channels to keep more magnitude")
     sub.add_argument("--out", required=True, metavar="PKG", help="package to write")
@@ -538,7 +544,7 @@ def parser():
     sub.add_argument("--validation", metavar="F", help="labelled data by which tasder judges accuracy")
     sub.add_argument("--layer", action="append", metavar="NAME", help="only this layer (may be repeated)")
     sub.add_argument("--input", metavar="F", help=data)
-    sub.add_argument("--images", type=_positive, default=1, metavar="N", help="samples to run (1)")
+    sub.add_argument("--images", type=_positive, metavar="N", help="samples to run (all of --input; without it 1)")
     sub.add_argument("--batch", type=_positive, default=1, metavar="N", help="samples in one program (1)")
     sub.add_argument("--latency", **latency)
     sub.add_argument(

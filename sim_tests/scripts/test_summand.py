@@ -121,6 +121,22 @@ def test_cosim_end_to_end(capsys, tmp_path):
     assert all(layer["name"] in text for layer in tree["layers"])
 
 
+@pytest.mark.parametrize("flags, images", [((), 3), (("--images", 2), 2)])
+def test_cosim_takes_every_sample_given(capsys, package, tmp_path, flags, images):
+    np.save(tmp_path / "x.npy", np.random.default_rng(1).normal(size=(3, 1, 8, 8)).astype(np.float32))
+    arguments = ("--config", "tiny", "--layer", "pool", "--input", tmp_path / "x.npy", "--json", tmp_path / "r.json")
+    assert call(capsys, "cosim", package, *arguments, *flags)[0] == 0
+    assert json.loads((tmp_path / "r.json").read_text())["images"] == images
+
+
+def test_network_wise_search(capsys, tmp_path):
+    arguments = ("--method", "tasder", "--search", "network", "--config", "nm256", "--calibration", "demo:calibration",
+                 "--validation", "demo:validation", "--out", tmp_path / "p.summand")
+    status, out, _ = call(capsys, "compress", DIGITS, *arguments)
+    formats = set(re.findall(r"^(?:block_a|block_b|conv2) +(\S+)", out, re.MULTILINE))
+    assert status == 0 and len(formats) == 1, out
+
+
 def test_cosim_of_a_package_layer_with_random_data(capsys, package):
     status, out, _ = call(capsys, "cosim", package, "--config", "tiny", "--layer", "conv2", "--layer", "pool")
     assert status == 0 and "not real data" in out and "block_a" not in out

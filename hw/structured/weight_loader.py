@@ -25,7 +25,8 @@ class WeightLoader(wiring.Component):
     Flow control: ``o`` is offered only when the shadow holds the tile (or the step holds the old one); the loader
     writes the shadow again only after ``shadow_free`` (the swap). While a step streams, the next tile, also of the
     next EXECUTE, loads.
-    Latency: a tile of n beats takes n + `overhead` cycles from the acceptance of the step before.
+    Latency: a tile of n beats takes n + `overhead` cycles from the acceptance of the step before; one less behind a
+    step that held its weights, because nothing swaps.
     Parameters: config (spec.config.Config).
     Members: i, In(stream of EXECUTE); o, Out(stream of `step_layout`); read ports of step table and weight buffer;
     the load port of the array; error; busy.

@@ -26,7 +26,7 @@ HARNESS = Path(__file__).with_name("harness.cpp")
 #: Our own lz4.h and zlib.h: Verilator's FST writer wants these libraries, which a fresh system lacks.
 CODECS = Path(__file__).with_name("codecs")
 
-#: Measured as fastest (docs/troubleshooting.md): no assertions, no timing, two-state start values without randomness.
+#: no assertions, no timing, two-state start values without randomness.
 VERILATOR_FLAGS = (
     "--cc",
     "--exe",

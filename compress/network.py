@@ -99,6 +99,50 @@ class Convolution(Layer):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BasisConvolution(Layer):
+    """Convolution by basis kernels, ``W[k,r,s,c] ~= weight_scale[k] * sum_m coefficients[k,c,m] * basis[m,r,s]``.
+
+    Accumulators are sums over ``q - zero_point`` of the input (docs/basis.md), so the requantisation's bias has no
+    zero point folded in, unlike that of `Convolution`.
+    """
+
+    #: int8 [M, R, S].
+    basis: np.ndarray
+    #: int8 [outputs, channels, M], each -1, 0 or 1.
+    coefficients: np.ndarray
+    #: Width at which the intermediate saturates; part of what the layer computes.
+    intermediate_bits: int = 16
+    #: At most N non-zeros among M consecutive channels, for each (output, m); None for irregular coefficients.
+    pattern: Pattern | None = None
+    stride: tuple[int, int] = (1, 1)
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    #: Per-output-channel scales [outputs], float64; for reports and for rebuilding float weights.
+    weight_scale: np.ndarray = None
+    #: Method that made it, for example ``basis:6``.
+    format: str = "basis"
+    #: Figures of the method, plain numbers.
+    metrics: dict = field(default_factory=dict)
+
+    #: Never grouped: the decomposition shares its basis among all channels.
+    groups = 1
+
+    @property
+    def kernel(self):
+        """(kernel_h, kernel_w)."""
+        return self.basis.shape[1:]
+
+    @property
+    def outputs(self):
+        """Output channels."""
+        return len(self.coefficients)
+
+    def effective_weights(self):
+        """Integer kernel ``sum_m coefficients * basis``: int32 [outputs, kernel_h, kernel_w, channels]."""
+        return np.einsum("kcm,mrs->krsc", self.coefficients.astype(np.int32), self.basis.astype(np.int32))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pool(Layer):
     """Max or average pooling, channel by channel. Average pooling sums raw values, padding with the input's zero
     point, and divides by the whole window in the requantiser; max pooling pads with -128."""

@@ -74,7 +74,7 @@ class Requantizer(wiring.Component):
         if not isinstance(config, Config):
             raise TypeError(f"Requantizer configuration must be a Config, not {config!r}")
         self._accumulator = Sizes(config).accumulator
-        self._columns = columns = config.structured.columns
+        self._columns = columns = Sizes(config).columns
         int8 = Shape(ACTIVATION.bits, ACTIVATION.signed)
         parameters = data.StructLayout({"bias": Shape(BIAS.bits, BIAS.signed),
                                         "multiplier": Shape(MULTIPLIER.bits, MULTIPLIER.signed),

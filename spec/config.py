@@ -64,14 +64,21 @@ def _int(lo, hi, *, power_of_two=False, default, unit):
     return field(default=default, metadata={"lo": lo, "hi": hi, "power_of_two": power_of_two, "unit": unit})
 
 
+def _choice(*known, default):
+    """A field with one of a few words."""
+    return field(default=default, metadata={"known": known})
+
+
 class _Section:
-    """Checks every integer field of a section against its declared range."""
+    """Checks every field of a section against its declared range."""
 
     def __post_init__(self):
         for f in fields(self):
-            if "lo" not in f.metadata:
-                continue
             value, meta = getattr(self, f.name), f.metadata
+            if "known" in meta and value not in meta["known"]:
+                raise InputError(f"must be {' or '.join(meta['known'])}", field=f.name, value=value)
+            if "lo" not in meta:
+                continue
             good = isinstance(value, int) and not isinstance(value, bool) and meta["lo"] <= value <= meta["hi"]
             if good and meta["power_of_two"]:
                 good = value & (value - 1) == 0
@@ -140,6 +147,55 @@ class StructuredConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BasisConfig(_Section):
+    """The basis engine: ``blocks`` x ``slices`` x ``multipliers`` multipliers behind ternary coefficient stages."""
+
+    #: Channels of a channel group, and M of the coefficients' N:M series; with a structured engine its ``columns``.
+    group: int = _int(4, 16, power_of_two=True, default=16, unit="channels")
+    #: Outputs computed in parallel. Fewer than ``group``: every group in memory has so many channels and padding.
+    blocks: int = _int(2, 16, default=16, unit="outputs")
+    #: Basis kernels that one pass applies; layers with more take several passes.
+    slices: int = _int(1, 9, default=6, unit="basis kernels")
+    #: Multipliers per slice: kernel taps of one row that one cycle applies.
+    multipliers: int = _int(1, 9, default=3, unit="multipliers")
+    #: How the coefficient stage works: an N:M series, or two-level maps of irregular coefficients.
+    coefficients: str = _choice("series", "maps", default="series")
+    #: Add/subtract lanes per slice.
+    lanes: int = _int(4, 16, power_of_two=True, default=16, unit="lanes")
+    #: Channel groups that the stream delivers per cycle; for maps also the look-ahead of the lanes plus 1.
+    stream_groups: int = _int(1, 16, power_of_two=True, default=16, unit="channel groups")
+    #: Maps only: neighbour lanes whose activations a lane may take.
+    look_aside: int = _int(0, 3, default=2, unit="lanes")
+    #: Width of the intermediate IR; beyond it IR saturates, which is counted.
+    intermediate_bits: int = _int(8, 20, default=16, unit="bits")
+    #: Intermediates between the coefficient stage and the multipliers.
+    fifo_depth: int = _int(2, 16, default=4, unit="pixels")
+    #: Pixels of one row within reach of a kernel row: (kernel_w - 1) * dilation + 1 must not exceed it.
+    window: int = _int(1, 15, default=7, unit="pixels")
+    #: Rows of taps in each half of the tap memory; 3 x 3 takes 3, a 1 x 1 layer one for each input channel group.
+    tap_rows: int = _int(4, 128, power_of_two=True, default=32, unit="rows")
+    #: Stream words of coefficients in each half of the coefficient memory.
+    coefficient_rows: int = _int(2, 64, power_of_two=True, default=16, unit="rows")
+    #: Output pixels in each of the two accumulator banks; with a structured engine its ``accumulator_depth``.
+    accumulator_depth: int = _int(4, 4096, power_of_two=True, default=128, unit="pixels")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.blocks > self.group:
+            raise InputError(f"must not exceed group ({self.group})", field="blocks", value=self.blocks)
+        if self.lanes != self.group:
+            raise InputError(f"must be equal to group ({self.group})", field="lanes", value=self.lanes)
+        if self.slices * self.multipliers < self.group:
+            raise InputError(f"times slices must be at least group ({self.group}): a pointwise layer multiplies a "
+                             "group per cycle", field="multipliers", value=self.multipliers)
+
+    @property
+    def multiplications(self):
+        """Multiplications per cycle."""
+        return self.blocks * self.slices * self.multipliers
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryConfig(_Section):
     """On-chip memories."""
 
@@ -181,10 +237,11 @@ class ControlConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Config(_Section):
-    """One accelerator; a variant is made with ``dataclasses.replace``."""
+    """One accelerator; a variant is made with ``dataclasses.replace``. At least one of the two engines is there."""
 
     name: str = "nm256"
-    structured: StructuredConfig = StructuredConfig()
+    structured: StructuredConfig | None = StructuredConfig()
+    basis: BasisConfig | None = None
     memory: MemoryConfig = MemoryConfig()
     bus: BusConfig = BusConfig()
     control: ControlConfig = ControlConfig()
@@ -192,10 +249,36 @@ class Config(_Section):
     def __post_init__(self):
         if not isinstance(self.name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", self.name):
             raise InputError("must be a lower-case identifier of at most 32 characters", field="name", value=self.name)
-        s, bus_bytes = self.structured, self.bus.data_bits // 8
-        if s.columns > bus_bytes:
-            raise InputError(f"must be at least 8 * structured.columns ({8 * s.columns})", field="bus.data_bits",
+        if self.structured is None and self.basis is None:
+            raise InputError("must be there if basis is not: an accelerator needs an engine", field="structured",
+                             value="none")
+        if self.structured is not None:
+            self._check_structured(self.structured)
+        if self.basis is not None:
+            self._check_basis(self.basis)
+        bus_bytes = self.bus.data_bits // 8
+        unit, block = self._unit_and_block()
+        if unit > bus_bytes:
+            name = "structured.columns" if self.structured is not None else "basis.group"
+            raise InputError(f"must be at least 8 * {name} ({8 * unit})", field="bus.data_bits",
                              value=self.bus.data_bits)
+        if self.memory.activation_bytes > 65536 * block:
+            raise InputError(f"must be at most 65536 blocks ({65536 * block})", field="memory.activation_bytes",
+                             value=self.memory.activation_bytes)
+        if self.memory.residual_bytes < 2 * unit:
+            raise InputError(f"must hold at least two pixels ({2 * unit})", field="memory.residual_bytes",
+                             value=self.memory.residual_bytes)
+        if self.bus.burst_beats * bus_bytes > 4096:
+            raise InputError(f"must not exceed 4 KiB per burst ({4096 // bus_bytes} beats at this width)",
+                             field="bus.burst_beats", value=self.bus.burst_beats)
+
+    def _unit_and_block(self):
+        """Bytes of a unit and of a scratchpad block."""
+        if self.structured is not None:
+            return self.structured.columns, self.structured.block
+        return self.basis.group, self.basis.group
+
+    def _check_structured(self, s):
         tile_bytes = s.multipliers + -(-s.multipliers * (s.block.bit_length() - 1) // 8)
         if self.memory.weight_bytes < 4 * tile_bytes:
             raise InputError(f"must hold at least four weight tiles ({4 * tile_bytes})", field="memory.weight_bytes",
@@ -204,21 +287,44 @@ class Config(_Section):
         if self.memory.activation_bytes < 16 * full * s.block:
             raise InputError(f"must hold at least 16 stream words ({16 * full * s.block})",
                              field="memory.activation_bytes", value=self.memory.activation_bytes)
-        if self.memory.activation_bytes > 65536 * s.block:
-            raise InputError(f"must be at most 65536 blocks ({65536 * s.block})", field="memory.activation_bytes",
+
+    def _check_basis(self, b):
+        s = self.structured
+        if s is not None:
+            for name, own, other in (("group", b.group, s.columns), ("blocks", b.blocks, s.columns),
+                                     ("accumulator_depth", b.accumulator_depth, s.accumulator_depth)):
+                if own != other:
+                    there = "accumulator_depth" if name == "accumulator_depth" else "columns"
+                    raise InputError(f"must be equal to structured.{there} ({other}): the engines share accumulators",
+                                     field=f"basis.{name}", value=own)
+            if (s.activation_bits, s.weight_bits) != (8, 8):
+                raise InputError("must have 8-bit operands beside a basis engine", field="structured",
+                                 value=(s.activation_bits, s.weight_bits))
+        word = b.stream_groups * b.group
+        if self.memory.activation_bytes < 16 * word:
+            raise InputError(f"must hold at least 16 stream words ({16 * word})", field="memory.activation_bytes",
                              value=self.memory.activation_bytes)
-        if self.memory.residual_bytes < 2 * s.columns:
-            raise InputError(f"must hold at least two pixels ({2 * s.columns})", field="memory.residual_bytes",
-                             value=self.memory.residual_bytes)
-        if self.bus.burst_beats * bus_bytes > 4096:
-            raise InputError(f"must not exceed 4 KiB per burst ({4096 // bus_bytes} beats at this width)",
-                             field="bus.burst_beats", value=self.bus.burst_beats)
+        taps = b.tap_rows * b.multiplications
+        if self.memory.weight_bytes < taps:
+            raise InputError(f"must hold at least one half of the tap memory ({taps})", field="memory.weight_bytes",
+                             value=self.memory.weight_bytes)
 
     def to_dict(self):
         """Plain tree, as YAML and the digest see it."""
         tree = asdict(self)
-        tree["structured"]["patterns"] = [str(p) for p in self.structured.patterns]
+        if self.structured is None:
+            tree["structured"] = "none"
+        else:
+            tree["structured"]["patterns"] = [str(p) for p in self.structured.patterns]
+        if self.basis is None:
+            del tree["basis"]
         return tree
+
+    @property
+    def multipliers(self):
+        """Multiplications per cycle of the larger engine (only one works at a time)."""
+        return max(self.structured.multipliers if self.structured is not None else 0,
+                   self.basis.multiplications if self.basis is not None else 0)
 
     @property
     def digest(self):
@@ -236,6 +342,10 @@ class Config(_Section):
         return _build(cls, raw, ())
 
 
+#: The sections that may be ``none``.
+_ENGINES = {"structured": StructuredConfig, "basis": BasisConfig}
+
+
 def _build(cls, raw, path):
     if not isinstance(raw, dict):
         raise InputError("must be a mapping of fields", field=".".join(path) or None, value=raw)
@@ -248,13 +358,15 @@ def _build(cls, raw, path):
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise InputError(f"is not a known field{hint}; known: {', '.join(sorted(known))}", field=where)
         default = known[key].default
-        if is_dataclass(default):
+        if cls is Config and key in _ENGINES:
+            values[key] = None if value in (None, "none") else _build(_ENGINES[key], value, (*path, key))
+        elif is_dataclass(default):
             values[key] = _build(type(default), value, (*path, key))
         elif key == "patterns":
             if not isinstance(value, (list, tuple)):
                 raise InputError("must be a list of N:M patterns", field=where, value=value)
             values[key] = tuple(Pattern.parse(v, field=where) for v in value)
-        elif key == "name":
+        elif key == "name" or "known" in known[key].metadata:
             values[key] = value
         else:
             values[key] = _parse_int(value, where)

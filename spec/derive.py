@@ -39,21 +39,48 @@ class Sizes:
 
     config: Config
 
+    # -- what the engines share --------------------------------------------------------------------------------
+    @cached_property
+    def columns(self):
+        """Outputs that an accumulator word holds: bytes of a unit."""
+        c = self.config
+        return c.structured.columns if c.structured is not None else c.basis.group
+
+    @cached_property
+    def group_channels(self):
+        """Channels that a channel group really has; the rest of its ``columns`` bytes is padding."""
+        return self.columns if self.config.structured is not None else self.config.basis.blocks
+
+    @cached_property
+    def block(self):
+        """Bytes of a block of the activation scratchpad."""
+        c = self.config
+        return c.structured.block if c.structured is not None else c.basis.group
+
+    @cached_property
+    def accumulator_depth(self):
+        """Output pixels in each accumulator bank."""
+        c = self.config
+        return c.structured.accumulator_depth if c.structured is not None else c.basis.accumulator_depth
+
     # -- operands ------------------------------------------------------------------------------------------------
     @cached_property
     def activation(self):
         """Format of an activation operand (stored in a byte)."""
-        return IntSpec(self.config.structured.activation_bits)
+        s = self.config.structured
+        return IntSpec(s.activation_bits if s is not None else 8)
 
     @cached_property
     def weight(self):
         """Format of a weight operand (stored in a byte)."""
-        return IntSpec(self.config.structured.weight_bits)
+        s = self.config.structured
+        return IntSpec(s.weight_bits if s is not None else 8)
 
     @cached_property
     def accumulator(self):
         """Format of an accumulator; leaving it is an error, never a wrap."""
-        return IntSpec(self.config.structured.accumulator_bits)
+        s = self.config.structured
+        return IntSpec(s.accumulator_bits if s is not None else 32)
 
     @cached_property
     def column_sum(self):
@@ -79,17 +106,19 @@ class Sizes:
     @cached_property
     def group_blocks(self):
         """Blocks in one channel group (``columns`` channels) of one pixel."""
-        return self.config.structured.columns // self.config.structured.block
+        return self.columns // self.block
 
     @cached_property
     def banks(self):
         """Banks of the activation scratchpad, each one block wide; block address a is in bank a mod banks."""
-        return max(self.stream_blocks, self.group_blocks)
+        structured, basis = self.config.structured, self.config.basis
+        return max(self.stream_blocks if structured is not None else 1, self.group_blocks,
+                   basis.stream_groups * self.group_blocks if basis is not None else 1)
 
     @cached_property
     def activation_blocks(self):
         """Blocks in the activation scratchpad."""
-        return self.config.memory.activation_bytes // self.config.structured.block
+        return self.config.memory.activation_bytes // self.block
 
     # -- bus -----------------------------------------------------------------------------------------------------
     @cached_property
@@ -100,7 +129,7 @@ class Sizes:
     @cached_property
     def unit_bytes(self):
         """Bytes of a unit: one pixel of one channel group, the grain of activation transfers."""
-        return self.config.structured.columns
+        return self.columns
 
     @cached_property
     def units_per_beat(self):
@@ -124,7 +153,7 @@ class Sizes:
     @cached_property
     def parameter_beats(self):
         """Beats of the requantisation parameters of one channel group."""
-        return self.beats(PARAMETER_BITS * self.config.structured.columns)
+        return self.beats(PARAMETER_BITS * self.columns)
 
     # -- weights -------------------------------------------------------------------------------------------------
     @cached_property
@@ -145,6 +174,63 @@ class Sizes:
     def weight_beats(self):
         """Beats in the weight buffer."""
         return self.config.memory.weight_bytes // self.beat_bytes
+
+    # -- basis engine --------------------------------------------------------------------------------------------
+    @cached_property
+    def basis_slices(self):
+        """Slices of all blocks."""
+        return self.config.basis.blocks * self.config.basis.slices
+
+    @cached_property
+    def tap_row_beats(self):
+        """Beats of one row of taps: a signed byte for each multiplier."""
+        return self.beats(8 * self.config.basis.multiplications)
+
+    @cached_property
+    def lane_code_bits(self):
+        """Bits of one lane's coefficient in a series tile: place in its group, non-zero, sign."""
+        return self.config.basis.group.bit_length() - 1 + 2
+
+    @cached_property
+    def series_tile_beats(self):
+        """Beats of one tile of series coefficients: a code for each lane of each slice."""
+        return self.beats(self.basis_slices * self.config.basis.lanes * self.lane_code_bits)
+
+    def series_fetch(self, n):
+        """Channel groups that one stream word of pattern ``n``:group covers."""
+        return min(self.config.basis.lanes // n, self.config.basis.stream_groups)
+
+    @cached_property
+    def segment_table_beats(self):
+        """Beats of the table of segment lengths that begins the coefficients of the maps variant."""
+        return self.beats(16 * self.config.basis.blocks)
+
+    @cached_property
+    def operand(self):
+        """Format of an activation less its zero point."""
+        return IntSpec(self.activation.bits + 1)
+
+    @cached_property
+    def intermediate(self):
+        """Format of IR."""
+        return IntSpec(self.config.basis.intermediate_bits)
+
+    @cached_property
+    def coefficient_groups(self):
+        """Most channel groups of a pixel that one pass of the coefficient stage adds up (field ``groups``)."""
+        return min(self.config.basis.coefficient_rows * self.config.basis.stream_groups, 255)
+
+    @cached_property
+    def exact_intermediate(self):
+        """Format that holds IR before saturation, for any coefficients."""
+        return sum_spec(self.coefficient_groups * self.config.basis.group, self.operand)
+
+    @cached_property
+    def basis_sum(self):
+        """Format of one block's sum over all its multipliers and all micro-steps of one output."""
+        b = self.config.basis
+        factor = max(self.intermediate, self.operand, key=lambda spec: spec.bits)
+        return sum_spec(b.slices * b.multipliers * b.tap_rows, factor, IntSpec(8))
 
     # -- other memories ------------------------------------------------------------------------------------------
     @cached_property

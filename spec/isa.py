@@ -4,7 +4,7 @@ A program is a sequence of 256-bit instructions in memory (each begins on a bus 
 them in order and hands each to one of three units that run in parallel, each in order:
 
 * **load**: memory to scratchpads (``LOAD_TILE``, ``LOAD_LINEAR``) and constant fill (``FILL``);
-* **execute**: the array (``EXECUTE``);
+* **execute**: the structured engine (``EXECUTE``) or the basis engine (``EXECUTE_BASIS``), whichever the config has;
 * **store**: accumulators through the requantiser to memory (``STORE``).
 
 ``HEADER``, ``BARRIER`` and ``END`` are done by the command processor itself.
@@ -46,6 +46,7 @@ class Opcode(IntEnum):
     STORE = 6
     BARRIER = 7
     END = 8
+    EXECUTE_BASIS = 9
 
 
 class Unit(IntEnum):
@@ -72,6 +73,21 @@ class LinearTarget(IntEnum):
     PARAMETER = 2
 
 
+class Mode(IntEnum):
+    """What the basis engine's multipliers work on."""
+
+    #: IR of the coefficient stage, taps of the basis kernels.
+    DECOMPOSED = 0
+    #: Activations of ``slices`` channels, taps of a dense kernel.
+    DENSE = 1
+    #: Activations of one channel group per cycle, 1 x 1 weights.
+    POINTWISE = 2
+
+
+#: Terms of an N:M series of coefficients in one EXECUTE_BASIS.
+SERIES_TERMS = 4
+
+
 class Operation(IntEnum):
     """How EXECUTE combines a column sum with its accumulator."""
 
@@ -81,7 +97,8 @@ class Operation(IntEnum):
 
 UNIT_OF = {
     Opcode.HEADER: Unit.CONTROL, Opcode.LOAD_TILE: Unit.LOAD, Opcode.LOAD_LINEAR: Unit.LOAD, Opcode.FILL: Unit.LOAD,
-    Opcode.EXECUTE: Unit.EXECUTE, Opcode.STORE: Unit.STORE, Opcode.BARRIER: Unit.CONTROL, Opcode.END: Unit.CONTROL,
+    Opcode.EXECUTE: Unit.EXECUTE, Opcode.EXECUTE_BASIS: Unit.EXECUTE, Opcode.STORE: Unit.STORE,
+    Opcode.BARRIER: Unit.CONTROL, Opcode.END: Unit.CONTROL,
 }
 
 _HEAD = (
@@ -139,6 +156,35 @@ _BODY = {
         Field("accumulate", BIT, None, "1: add to what the bank holds; 0: the first step sets it."),
         Field("operation", unsigned(2), None, "See Operation."),
     ),
+    Opcode.EXECUTE_BASIS: (
+        Field("mode", unsigned(2), None, "See Mode."),
+        Field("base", unsigned(16), None, "Block address of input pixel (0, 0); a multiple of a unit's blocks."),
+        Field("row_step", unsigned(16), None, "Blocks between rows of input pixels; a multiple of a unit's blocks."),
+        Field("col_step", unsigned(16), None, "Blocks between input pixels of a row; a multiple of a unit's blocks."),
+        Field("in_rows", unsigned(12), None, "Input rows that lie in the scratchpad; at least 1."),
+        Field("in_cols", unsigned(12), None, "Input columns that lie in the scratchpad; at least 1."),
+        Field("out_rows", unsigned(12), None, "Output rows; at least 1."),
+        Field("out_cols", unsigned(12), None, "Output columns; at least 1; rows * cols <= accumulator depth."),
+        Field("pad_top", unsigned(4), None, "Rows of zeros above input row 0."),
+        Field("pad_left", unsigned(4), None, "Columns of zeros left of input column 0."),
+        Field("kernel_rows", unsigned(4), None, "1..8."),
+        Field("kernel_cols", unsigned(4), None, "At least 1; (kernel_cols - 1) * dilation_cols + 1 <= window."),
+        Field("stride_rows_log2", unsigned(2), None, "log2 of the stride of output rows."),
+        Field("stride_cols_log2", unsigned(2), None, "log2 of the stride of output columns."),
+        Field("dilation_rows", unsigned(3), None, "Rows between kernel rows; at least 1."),
+        Field("dilation_cols", unsigned(3), None, "Columns between kernel columns; at least 1."),
+        Field("groups", unsigned(8), None, "Channel groups of a pixel that are read; at least 1."),
+        Field("terms", unsigned(3), None, "Terms of the coefficient series, 1..4 (series, DECOMPOSED)."),
+        Field("n_log2", unsigned(3), SERIES_TERMS, "log2 of N of each term N:group."),
+        Field("channel", unsigned(4), None, "DENSE: first channel of the group that slice 0 takes."),
+        Field("weight", unsigned(16), None, "First beat in the weight buffer: taps, then coefficients."),
+        Field("taps", unsigned(8), None, "Rows of taps to load; 0 keeps those of the EXECUTE_BASIS before."),
+        Field("coefficients", unsigned(16), None, "Beats of coefficients to load; 0 keeps those before."),
+        Field("zero_point", IntSpec(8), None, "Subtracted from every activation."),
+        Field("bank", BIT, None, "Accumulator bank."),
+        Field("accumulate", BIT, None, "1: add to what the bank holds; 0: the first contribution sets it."),
+        Field("operation", unsigned(2), None, "See Operation."),
+    ),
     Opcode.STORE: (
         Field("address", unsigned(40), None, "Byte offset of the first unit."),
         Field("rows", unsigned(12), None, "Output rows; at least 1."),
@@ -159,6 +205,10 @@ _BODY = {
     ),
     Opcode.END: (),
 }
+
+
+#: Most kernel rows of EXECUTE_BASIS.
+MAX_KERNEL_ROWS = 8
 
 
 def instruction(opcode):

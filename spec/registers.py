@@ -72,7 +72,7 @@ _RO, _RW = Access.READ_ONLY, Access.READ_WRITE
 #: Counters: cleared by start, counting while busy. Per unit, cycles are attributed to exactly one cause.
 COUNTERS = (
     ("CYCLES", "Cycles from start to the interrupt."),
-    ("EXECUTE_ISSUE", "Cycles in which the array took a pixel."),
+    ("EXECUTE_ISSUE", "Cycles in which the array took a pixel, or the basis engine's multipliers worked."),
     ("EXECUTE_WAIT_LOAD", "Cycles in which the next EXECUTE waited for a token of the load unit."),
     ("EXECUTE_WAIT_STORE", "Cycles in which the next EXECUTE waited for a token of the store unit."),
     ("EXECUTE_WAIT_WEIGHTS", "Cycles in which the next weight tile was not yet in the array."),
@@ -84,6 +84,8 @@ COUNTERS = (
     ("READ_BEATS", "Beats read from memory, instructions included."),
     ("WRITE_BEATS", "Beats written to memory."),
     ("INSTRUCTIONS", "Instructions handed to the units."),
+    ("EXECUTE_WAIT_COEFFICIENTS", "Cycles in which the basis engine's multipliers waited for its coefficient stage."),
+    ("SATURATIONS", "Intermediates (one per slice and pixel) that the basis engine saturated."),
 )
 
 REGISTERS = (

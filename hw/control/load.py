@@ -25,7 +25,7 @@ class LoadUnit(wiring.Component):
     """
 
     def __init__(self, *, config):
-        s, sizes = config.structured, Sizes(config)
+        sizes = Sizes(config)
         self._config = config
         super().__init__({
             "i": In(stream.Signature(INSTRUCTION_BITS)),
@@ -34,13 +34,13 @@ class LoadUnit(wiring.Component):
             "request": Out(stream.Signature(request_layout())),
             "data": In(stream.Signature(config.bus.data_bits)),
             "tile_en": Out(1), "tile_row": Out(range(sizes.activation_blocks // sizes.banks)),
-            "tile_mask": Out(sizes.banks), "tile_data": Out(data.ArrayLayout(8 * s.block, sizes.banks)),
+            "tile_mask": Out(sizes.banks), "tile_data": Out(data.ArrayLayout(8 * sizes.block, sizes.banks)),
             "weight_en": Out(1), "weight_address": Out(range(sizes.weight_beats)),
             "step_en": Out(1), "step_address": Out(range(config.memory.step_entries)), "step_data": Out(STEP_BITS),
             "parameter_en": Out(1), "parameter_address": Out(range(sizes.parameter_words)),
             "linear_data": Out(config.bus.data_bits),
             "residual_en": Out(1), "residual_address": Out(range(sizes.residual_units)),
-            "residual_data": Out(8 * s.columns),
+            "residual_data": Out(8 * sizes.columns),
             "writing": Out(1), "waiting": Out(1), "busy": Out(1), "error": Out(error_layout())})
 
     def elaborate(self, platform):
@@ -125,7 +125,7 @@ class LoadUnit(wiring.Component):
         return (word[:4] == Opcode.LOAD_TILE) & (tile.row_stride == tile.cols) & few
 
     def _build_write_half(self, m, pending):
-        config, s, sizes = self._config, self._config.structured, Sizes(self._config)
+        config, sizes = self._config, Sizes(self._config)
         banks, per_beat = sizes.banks, sizes.units_per_beat
         banks_log2 = banks.bit_length() - 1
         current = Signal(INSTRUCTION_BITS)
@@ -147,8 +147,8 @@ class LoadUnit(wiring.Component):
         ended = Signal()
         active = Signal()
 
-        units = Array(beat.word_select(k, 8 * s.columns) for k in range(per_beat))
-        unit = Signal(8 * s.columns)
+        units = Array(beat.word_select(k, 8 * sizes.columns) for k in range(per_beat))
+        unit = Signal(8 * sizes.columns)
         m.d.comb += unit.eq(units[phase] if per_beat > 1 else units[0])
 
         def out_of_range(condition):
@@ -185,7 +185,7 @@ class LoadUnit(wiring.Component):
                 m.d.comb += mask.eq(((1 << sizes.group_blocks) - 1) << Cat(Const(0, group_log2),
                                                                            address[group_log2:banks_log2]))
                 for b in range(banks):
-                    m.d.comb += self.tile_data[b].eq(unit.word_select(b % sizes.group_blocks, 8 * s.block))
+                    m.d.comb += self.tile_data[b].eq(unit.word_select(b % sizes.group_blocks, 8 * sizes.block))
                 last_col, last_row = col == 1, row == 1
                 last_unit = last_col & last_row & (plane == 1)
                 # the beat is used up: its last unit, or the request it belongs to ends
@@ -268,7 +268,7 @@ class LoadUnit(wiring.Component):
                     self.writing.eq(1), self.tile_en.eq(1), self.tile_row.eq(address[banks_log2:]),
                     self.tile_mask.eq((((Const(1) << take) - 1) << lane)[:banks])]
                 for b in range(banks):
-                    m.d.comb += self.tile_data[b].eq(Cat(fill.value.as_unsigned() for _ in range(s.block)))
+                    m.d.comb += self.tile_data[b].eq(Cat(fill.value.as_unsigned() for _ in range(sizes.block)))
                 out_of_range(address >= sizes.activation_blocks)
                 m.d.sync += [col.eq(col - take), address.eq(address + take)]
                 with m.If(col == take):

@@ -67,17 +67,17 @@ class StoreUnit(wiring.Component):
         if not isinstance(config, Config):
             raise TypeError(f"StoreUnit configuration must be a Config, not {config!r}")
         self._config, self._sizes = config, Sizes(config)
-        s, sizes = config.structured, self._sizes
+        sizes = self._sizes
         super().__init__({
             "i": In(stream.Signature(instruction_layout(Opcode.STORE))),
             "available_load": In(1), "take_load": Out(1), "push_load": Out(1),
             "available_execute": In(1), "take_execute": Out(1), "push_execute": Out(1),
-            "acc_en": Out(1), "acc_bank": Out(1), "acc_address": Out(range(s.accumulator_depth)),
-            "acc_data": In(data.ArrayLayout(signed(sizes.accumulator.bits), s.columns)),
+            "acc_en": Out(1), "acc_bank": Out(1), "acc_address": Out(range(sizes.accumulator_depth)),
+            "acc_data": In(data.ArrayLayout(signed(sizes.accumulator.bits), sizes.columns)),
             "parameter_en": Out(1), "parameter_address": Out(range(sizes.parameter_words)),
             "parameter_data": In(config.bus.data_bits),
             "residual_en": Out(1), "residual_address": Out(range(sizes.residual_units)),
-            "residual_data": In(8 * s.columns),
+            "residual_data": In(8 * sizes.columns),
             "request": Out(stream.Signature(data.StructLayout({"offset": OFFSET_BITS, "beats": BEATS_BITS}))),
             "data": Out(stream.Signature(data.StructLayout({"data": config.bus.data_bits, "strb": sizes.beat_bytes}))),
             "done": In(1),
@@ -87,12 +87,12 @@ class StoreUnit(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        s, sizes = self._config.structured, self._sizes
+        sizes = self._sizes
         m.submodules.requantizer = self._requantizer = Requantizer(config=self._config)
         #: Instructions that may wait for their last response while further ones run.
         pending = 1 << (self._config.bus.outstanding_writes - 1).bit_length() + 1
         m.submodules.pending = self._pending = SyncFIFO(width=13, depth=pending)
-        self._depth = Shape.cast(range(s.accumulator_depth + 1))
+        self._depth = Shape.cast(range(sizes.accumulator_depth + 1))
         self._lane_bits = (sizes.units_per_beat - 1).bit_length()
         self._lane = Shape(max(self._lane_bits, 1))  # Verilog has no signal without bits
 
@@ -157,7 +157,7 @@ class StoreUnit(wiring.Component):
                 m.d.sync += [self._rows.eq(Mux(contiguous, 1, cmd.rows)),
                              self._cols.eq(Mux(contiguous, count, cmd.cols))]
                 with m.If(misaligned | residual_over | parameter_over | (count == 0)
-                          | (count > self._config.structured.accumulator_depth)):
+                          | (count > self._sizes.accumulator_depth)):
                     m.d.comb += [self._refused.eq(1),
                                  self._refusal.eq(Mux(misaligned, Error.MEMORY_RANGE, Error.SCRATCHPAD_RANGE))]
                     m.next = "IDLE"
@@ -206,7 +206,7 @@ class StoreUnit(wiring.Component):
         """Begin a prepared instruction once its token is there, then read a pixel in each cycle."""
         config, sizes, cmd, requantizer = self._config, self._sizes, self._cmd, self._requantizer
         unit_log2 = sizes.unit_bytes.bit_length() - 1
-        columns, record = config.structured.columns, column_parameters()
+        columns, record = self._sizes.columns, column_parameters()
         run = Signal(instruction_layout(Opcode.STORE), name="run")
         rows = Signal(12, name="rows_to_read")
         col, cols = Signal(self._depth, name="col"), Signal(self._depth, name="run_cols")

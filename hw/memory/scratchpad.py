@@ -21,7 +21,7 @@ class Scratchpad(wiring.Component):
     def __init__(self, *, config):
         sizes = Sizes(config)
         self.banks, self.rows = sizes.banks, sizes.activation_blocks // sizes.banks
-        block = 8 * config.structured.block
+        block = 8 * sizes.block
         super().__init__({
             "write_en": In(1), "write_row": In(range(self.rows)), "write_mask": In(self.banks),
             "write_data": In(data.ArrayLayout(block, self.banks)),

@@ -359,7 +359,7 @@ def unpack_maps(data, config, groups):
     _check_map_groups(groups, config)
     beat, width, first = sizes.beat_bytes, b.group, sizes.segment_table_beats
     if data.size % beat or data.size < first * beat:
-        raise ValueError(f"Coefficients must be whole beats of {beat} bytes and at least {first}, not {data.size} bytes")
+        raise ValueError(f"Coefficients must be at least {first} whole beats of {beat} bytes, not {data.size} bytes")
     table = data[:first * beat].view("<u2")
     lengths = table[:b.blocks].tolist()
     if table[b.blocks:].any():
@@ -367,7 +367,7 @@ def unpack_maps(data, config, groups):
     if min(lengths) < 1 or first + sum(lengths) != data.size // beat:
         raise ValueError(f"Segments of {lengths} beats must each have at least 1 and fill {data.size // beat - first} "
                          "beats")
-    maps, flags, at = [], [], first * beat
+    maps, flags, at = [], [], first * beat                                # flags: the sign words of each block
     for block, length in enumerate(lengths):
         words = _bytes_to_words(data[at:at + length * beat], width)
         at += length * beat
@@ -379,7 +379,7 @@ def unpack_maps(data, config, groups):
         except ValueError as error:
             raise ValueError(f"Segment {block}: {error}") from None
         maps += found
-        flags += signs
+        flags.append(signs)
     maps = np.array(maps, np.int64).reshape(-1, 1)
     some = (maps >> np.arange(width) & 1).astype(bool)                   # [blocks * slices * groups, group]
     signs = np.zeros(some.shape, np.int8)
@@ -415,7 +415,7 @@ def _read_segment(words, slices, groups, width):
         raise ValueError("signs behind the last non-zero must be 0")
     if any(words[at:]):
         raise ValueError("what lies behind the last word must be 0")
-    return maps, [signs]
+    return maps, signs
 
 
 def _signs(flags, counts, width):

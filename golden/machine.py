@@ -1,13 +1,16 @@
 """The machine: executes programs on a memory image, bit for bit what the hardware does, one instruction at a time.
 
-Written from spec/isa.py, spec/formats.py, spec/derive.py, spec/registers.py and docs/numerics.md alone.
+Written from spec/isa.py, spec/formats.py, spec/derive.py, spec/registers.py, docs/numerics.md and docs/basis.md alone.
 
 **Faults of programs.** Beside the errors that the hardware reports (codes of `spec.registers.Error`) the machine finds
-two kinds of fault that hardware cannot see and that show a mistake of the lowering; they carry ``Error.NONE``:
+three kinds of fault that hardware cannot see and that show a mistake of the lowering; they carry ``Error.NONE``:
 
 * *never written*: a slot with non-zero weight reads an activation block, or an instruction reads a weight beat, step
   entry, parameter beat, residual unit or accumulator, that nobody wrote since the machine was made. (Hardware would
   compute with whatever lies there.)
+* *not as loaded*: an EXECUTE_BASIS whose taps or coefficients are not those of docs/basis.md (another length, bits set
+  that must be 0), or that works with kept ones which no pass has loaded for as many rows, groups and terms; outputs
+  that no kernel row reaches.
 * *not ordered*: two units touch the same place, at least one of them writes, and neither tokens nor a barrier put one
   before the other, so that the outcome would depend on timing.
 
@@ -27,12 +30,14 @@ from functools import lru_cache
 
 import numpy as np
 
+from golden.coefficients import map_words, series_words, unpack_maps, unpack_series, unpack_taps
+from golden.concentration import pixel_word_cycles
 from golden.requantize import requantize
 from golden.tiles import spread, unpack_tiles
 from spec import isa
-from spec.derive import PARAMETER_BITS, STEP_BITS, TOKEN_BITS, Sizes
+from spec.derive import PARAMETER_BITS, STEP_BITS, TOKEN_BITS, Sizes, ceil_div
 from spec.formats import column_parameters, step_entry
-from spec.isa import LinearTarget, Opcode, Operation, TileTarget, Unit
+from spec.isa import LinearTarget, Mode, Opcode, Operation, TileTarget, Unit
 from spec.registers import Error
 
 _L, _E, _A, _F = range(4)
@@ -78,31 +83,37 @@ class Machine:
         memory: bytearray or uint8 array; offset 0 is what register MEMORY_BASE points to, its length is MEMORY_BYTES.
             The machine reads and writes it in place.
         hazards: check that conflicting accesses are ordered (see the module).
+        record_cycles: fill ``basis_word_cycles``.
 
     Attributes:
         memory: uint8 view of the memory. mark: number of the last BARRIER passed.
         counts: `collections.Counter` of ``macs`` (products of a non-zero stored weight and a pixel, operation ADD
             only), ``pixel_steps`` (pixels streamed past a tile = issue cycles of the array), ``bytes_read`` and
-            ``bytes_written`` (data), ``bytes_instructions``, and one entry per opcode name.
+            ``bytes_written`` (data), ``bytes_instructions``, and one entry per opcode name. EXECUTE_BASIS counts its
+            micro-steps as ``pixel_steps``, products of a non-zero tap and a pixel as ``macs`` (ADD only), non-zero
+            coefficients times streamed pixels as ``adds``, and clamped intermediates as ``saturations``.
+        basis_word_cycles: with ``record_cycles`` and maps, {instruction number: int64 [streamed input rows, in_cols,
+            words]}: cycles of each stream word of each DECOMPOSED pass of the last `run`, in the order of the stream.
     Raises: TypeError for other memories.
     """
 
-    def __init__(self, config, memory, *, hazards=True):
+    def __init__(self, config, memory, *, hazards=True, record_cycles=False):
         if isinstance(memory, bytearray):
             memory = np.frombuffer(memory, np.uint8)
         good = isinstance(memory, np.ndarray) and memory.dtype == np.uint8 and memory.ndim == 1
         if not good or not memory.flags.writeable:
             raise TypeError(f"memory must be a bytearray or a writable uint8 vector, not {type(memory).__name__}")
         self.config, self.sizes, self.memory, self.hazards = config, Sizes(config), memory, hazards
-        s, z = config.structured, self.sizes
-        self.mark, self.counts = 0, Counter()
+        z, self.record_cycles = self.sizes, record_cycles
+        self.mark, self.counts, self.basis_word_cycles = 0, Counter(), {}
         #: Operand values; float32, in which they are exact, so that EXECUTE need not convert what it gathers.
-        self._activation = np.zeros((z.activation_blocks, s.block), np.float32)
+        self._activation = np.zeros((z.activation_blocks, z.block), np.float32)
         self._weight = np.zeros((z.weight_beats, z.beat_bytes), np.uint8)
-        self._steps = np.zeros((config.memory.step_entries, 2 * s.taps + 3), np.int64)
+        fields = 0 if config.structured is None else 2 * config.structured.taps + 3
+        self._steps = np.zeros((config.memory.step_entries, fields), np.int64)
         self._parameter = np.zeros((z.parameter_words, z.beat_bytes), np.uint8)
-        self._residual = np.zeros((z.residual_units, s.columns), np.int8)
-        self._accumulator = np.zeros((2, s.accumulator_depth, s.columns), np.int64)
+        self._residual = np.zeros((z.residual_units, z.columns), np.int8)
+        self._accumulator = np.zeros((2, z.accumulator_depth, z.columns), np.int64)
         #: Pixels of each bank that hold a sum.
         self._filled = [0, 0]
         self._places = {
@@ -119,6 +130,8 @@ class Machine:
         self._tokens = {(a, b): deque() for a in _UNITS for b in _UNITS if a != b}
         self._tile_sets = OrderedDict()
         self._held = self._early = None
+        #: What the basis engine keeps: taps int8 [rows, ..]; (coefficients, groups, terms).
+        self._taps = self._coefficients = None
         self._program = (0, 0)
         self._pc = self._at = 0
 
@@ -149,6 +162,7 @@ class Machine:
         self._program = (program_offset, program_offset + count * stride)
         for waiting in self._tokens.values():
             waiting.clear()
+        self.basis_word_cycles.clear()
         self._join_all()
         for self._pc in range(count):
             self._at = program_offset + self._pc * stride
@@ -174,6 +188,9 @@ class Machine:
         opcode, f = isa.decode(word)
         if opcode is None:
             self._fail(Error.ILLEGAL_OPCODE, f"operation code {word & 15} is unknown")
+        engine = {Opcode.EXECUTE: "structured", Opcode.EXECUTE_BASIS: "basis"}.get(opcode)
+        if engine is not None and getattr(self.config, engine) is None:
+            self._fail(Error.ILLEGAL_OPCODE, f"operation code {word & 15} is unknown without a {engine} engine")
         self._require(f["reserved"] == 0, "reserved bits must be 0")
         unit = isa.UNIT_OF[opcode]
         own = _UNITS if unit is Unit.CONTROL else (unit,)
@@ -192,6 +209,7 @@ class Machine:
             Opcode.LOAD_LINEAR: (self._check_load_linear, self._load_linear),
             Opcode.FILL: (self._check_fill, self._fill),
             Opcode.EXECUTE: (self._check_execute, self._execute),
+            Opcode.EXECUTE_BASIS: (self._check_execute_basis, self._execute_basis),
             Opcode.STORE: (self._check_store, self._store)}[opcode]
         check(f)
         self._require_header(opcode)
@@ -307,7 +325,7 @@ class Machine:
         self._require_aligned(f, self.sizes.unit_bytes)
 
     def _load_tile(self, f):
-        z, s = self.sizes, self.config.structured
+        z = self.sizes
         units = self._grid(f["address"] // z.unit_bytes, (f["planes"], f["plane_stride"]), (f["rows"], f["row_stride"]),
                            (f["cols"], 1)).ravel()
         self._units(units)
@@ -328,12 +346,13 @@ class Machine:
             target = target[:, None] + np.arange(z.group_blocks)
             self._range("activation block", target.min(), target.max(), z.activation_blocks)
             self._writes("activation", target, vector)
-            self._activation[target] = self._operands(data).reshape(-1, z.group_blocks, s.block)
+            self._activation[target] = self._operands(data).reshape(-1, z.group_blocks, z.block)
 
     def _check_load_linear(self, f):
         self._require(f["target"] in LinearTarget.__members__.values(), f"target {f['target']} is unknown")
         self._require(f["beats"], "beats must be at least 1")
         if f["target"] == LinearTarget.STEP:
+            self._require(self.config.structured is not None, "target STEP needs a structured engine")
             whole = self.sizes.step_beats
             self._require(f["beats"] % whole == 0, f"beats must be whole entries of {whole}")
         self._require_aligned(f, self.sizes.beat_bytes)
@@ -370,11 +389,11 @@ class Machine:
         self._activation[where] = self._operands(np.array([f["value"]], np.int8))
 
     # -- execute unit --------------------------------------------------------------------------------------------------
-    def _check_pixels(self, f):
-        for name in ("rows", "cols"):
+    def _check_pixels(self, f, rows="rows", cols="cols"):
+        for name in (rows, cols):
             self._require(f[name], f"{name} must be at least 1")
-        depth = self.config.structured.accumulator_depth
-        self._require(f["rows"] * f["cols"] <= depth, f"rows * cols must be at most {depth}")
+        depth = self.sizes.accumulator_depth
+        self._require(f[rows] * f[cols] <= depth, f"{rows} * {cols} must be at most {depth}")
 
     def _check_execute(self, f):
         self._check_pixels(f)
@@ -531,6 +550,216 @@ class Machine:
         where[:, ~on] = 0                                        # weights are 0 there: any value will do
         return np.take(self._activation, where.reshape(len(pixels), -1), axis=0).reshape(len(pixels), steps, -1)
 
+    # -- execute unit: basis engine ------------------------------------------------------------------------------------
+    def _check_execute_basis(self, f):
+        self._require(f["mode"] in Mode.__members__.values(), f"mode {f['mode']} is unknown")
+        for name in ("in_rows", "in_cols", "kernel_rows", "kernel_cols", "dilation_rows", "dilation_cols", "groups"):
+            self._require(f[name], f"{name} must be at least 1")
+        self._check_pixels(f, "out_rows", "out_cols")
+        self._require(f["kernel_rows"] <= isa.MAX_KERNEL_ROWS, f"kernel_rows must be at most {isa.MAX_KERNEL_ROWS}")
+        self._require(f["operation"] in Operation.__members__.values(), f"operation {f['operation']} is unknown")
+        if f["mode"] == Mode.DECOMPOSED and self.config.basis.coefficients == "series":
+            self._require(1 <= f["terms"] <= isa.SERIES_TERMS, f"terms must be in 1..{isa.SERIES_TERMS}")
+
+    def _basis_terms(self, f):
+        """N of the terms of a DECOMPOSED pass with a series, else ()."""
+        series = f["mode"] == Mode.DECOMPOSED and self.config.basis.coefficients == "series"
+        return tuple(1 << n for n in f["n_log2"][:f["terms"]]) if series else ()
+
+    def _check_basis_fields(self, f):
+        """ILLEGAL_FIELD: what the engine itself refuses. Returns the rows of taps that the pass uses."""
+        b, z, terms = self.config.basis, self.sizes, self._basis_terms(f)
+        reach = (f["kernel_cols"] - 1) * f["dilation_cols"] + 1
+        self._require(reach <= b.window, f"kernel_cols reach over {reach} pixels, more than the window of {b.window}")
+        rows = f["groups"] if f["mode"] == Mode.POINTWISE else f["kernel_rows"] * ceil_div(f["kernel_cols"],
+                                                                                          b.multipliers)
+        self._require(rows <= b.tap_rows, f"the pass needs {rows} rows of taps, more than {b.tap_rows}")
+        self._require(f["taps"] <= b.tap_rows, f"taps must be at most {b.tap_rows}")
+        self._require(all(n <= b.group for n in terms), f"n_log2 must name N of at most {b.group}, not {terms}")
+        if f["mode"] == Mode.DECOMPOSED:
+            self._require(f["groups"] <= z.coefficient_groups, f"groups must be at most {z.coefficient_groups}")
+            words = series_words(f["groups"], terms, self.config) if terms else map_words(f["groups"], self.config)
+            self._require(words <= b.coefficient_rows, f"a pixel takes {words} stream words, more than "
+                          f"{b.coefficient_rows} rows of coefficients")
+        if f["mode"] == Mode.POINTWISE:
+            plain = {"kernel_rows": 1, "kernel_cols": 1, "pad_top": 0, "pad_left": 0, "stride_rows_log2": 0,
+                     "stride_cols_log2": 0, "out_rows": f["in_rows"], "out_cols": f["in_cols"]}
+            for name, value in plain.items():
+                self._require(f[name] == value, f"{name} must be {value} in mode POINTWISE, not {f[name]}")
+        return rows
+
+    def _load_basis(self, f, rows):
+        """Load the taps and coefficients of a pass, or keep those before: (taps [rows, ..], coefficients or None)."""
+        z, vector, terms = self.sizes, self._vector[Unit.EXECUTE], self._basis_terms(f)
+        decomposed = f["mode"] == Mode.DECOMPOSED
+        split = f["weight"] + f["taps"] * z.tap_row_beats
+        if end := split + f["coefficients"] - f["weight"]:
+            self._range("weight beat", f["weight"], f["weight"] + end - 1, z.weight_beats)
+            self._reads("weight", slice(f["weight"], f["weight"] + end), vector)
+        try:
+            if f["taps"]:
+                self._taps = unpack_taps(self._weight[f["weight"]:split].tobytes(), self.config)
+            if f["coefficients"]:
+                if not decomposed:
+                    raise ValueError(f"coefficients must be loaded by a DECOMPOSED pass, not {Mode(f['mode']).name}")
+                self._coefficients = self._decode(self._weight[split:split + f["coefficients"]].tobytes(), f["groups"],
+                                                  terms)
+        except ValueError as error:
+            self._fail(Error.NONE, str(error))
+        have = 0 if self._taps is None else len(self._taps)
+        if have < rows:
+            self._fail(Error.NONE, f"{rows} rows of taps are read but {have} were loaded")
+        if not decomposed:
+            return self._taps[:rows], None
+        if self._coefficients is None:
+            self._fail(Error.NONE, "coefficients are read but were never loaded")
+        coefficients, *loaded = self._coefficients
+        if loaded != [f["groups"], terms]:
+            self._fail(Error.NONE, f"the coefficients kept are for (groups, terms) {tuple(loaded)}, not "
+                       f"{(f['groups'], terms)}")
+        return self._taps[:rows], coefficients
+
+    def _decode(self, data, groups, terms):
+        """(coefficients, groups, terms) from memory; decoded ones are kept, like tiles."""
+        key = (data, groups, terms)
+        coefficients = self._tile_sets.pop(key, None)
+        if coefficients is None:
+            coefficients = unpack_series(data, self.config, terms, groups) if terms else \
+                unpack_maps(data, self.config, groups)
+        self._tile_sets[key] = coefficients
+        while len(self._tile_sets) > _TILE_SETS:
+            self._tile_sets.popitem(last=False)
+        return coefficients, groups, terms
+
+    def _basis_pixels(self, f, needed):
+        """Activations less the zero point of input rows ``needed``: float32 [pixels, groups read, group]."""
+        z, groups = self.sizes, 1 if f["mode"] == Mode.DENSE else f["groups"]
+        at = f["base"] + needed[:, None] * f["row_step"] + np.arange(f["in_cols"]) * f["col_step"]
+        last = int(at.max()) + groups * z.group_blocks - 1
+        self._require(last < z.activation_blocks, f"the pass reads block {last}, beyond {z.activation_blocks - 1}",
+                      Error.STREAM_ADDRESS)
+        where = at.reshape(-1, 1) + np.arange(groups * z.group_blocks)
+        self._reads("activation", where, self._vector[Unit.EXECUTE])
+        return np.take(self._activation, where, axis=0).reshape(len(where), groups, -1) - np.float32(f["zero_point"])
+
+    def _intermediates(self, f, pixels, coefficients):
+        """IR of all slices, saturated: float32 [pixels, blocks * slices]."""
+        fmt = self.sizes.intermediate
+        if self.record_cycles and self.config.basis.coefficients == "maps":
+            b = self.config.basis
+            cycles = pixel_word_cycles(pixels != 0, coefficients, stream_groups=b.stream_groups,
+                                       look_aside=b.look_aside)
+            self.basis_word_cycles[self._pc] = cycles.reshape(-1, f["in_cols"], cycles.shape[1])
+        # Exact: at most 255 groups of 16 values of at most 255.
+        matrix = coefficients.reshape(self.sizes.basis_slices, -1).T.astype(np.float32)
+        sums = pixels.reshape(len(pixels), -1) @ matrix
+        held = np.clip(sums, fmt.lo, fmt.hi)
+        self.counts["saturations"] += int(np.count_nonzero(held != sums))
+        self.counts["adds"] += int(np.count_nonzero(coefficients)) * len(pixels)
+        return held
+
+    def _execute_basis(self, f):
+        b, z, bank, mode = self.config.basis, self.sizes, f["bank"], f["mode"]
+        rows = self._check_basis_fields(f)
+        taps, coefficients = self._load_basis(f, rows)
+        for name in ("base", "row_step", "col_step"):
+            self._require(f[name] % z.group_blocks == 0, f"{name} must be a multiple of {z.group_blocks}, not "
+                          f"{f[name]}", Error.STREAM_ADDRESS)
+        # Input row of each output row and kernel row, and which of them are there.
+        top = (np.arange(f["out_rows"]) << f["stride_rows_log2"]) - f["pad_top"]
+        source = top[:, None] + np.arange(f["kernel_rows"]) * f["dilation_rows"]
+        valid = (source >= 0) & (source < f["in_rows"])
+        if not f["accumulate"] and not valid.any(axis=1).all():
+            self._fail(Error.NONE, f"output row {np.argmin(valid.any(axis=1))} has no contribution")
+        needed = np.unique(source[valid])
+        self._writes("accumulator", [bank], self._vector[Unit.EXECUTE])
+        count = f["out_rows"] * f["out_cols"]
+        if f["accumulate"] and self._filled[bank] < count:
+            self._fail(Error.NONE, f"accumulator bank {bank} is added to but was never written")
+        if not needed.size:
+            return
+        pixels = self._basis_pixels(f, needed)
+        steps = rows if mode == Mode.POINTWISE else rows // f["kernel_rows"]
+        self.counts["pixel_steps"] += steps * int(valid.sum()) * f["out_cols"]
+        if f["operation"] == Operation.ADD:
+            per_row = np.count_nonzero(taps.reshape(1 if mode == Mode.POINTWISE else f["kernel_rows"], -1), axis=1)
+            self.counts["macs"] += int((valid * per_row).sum()) * f["out_cols"]
+        if mode == Mode.POINTWISE:
+            products = self._pointwise(pixels, taps).reshape(len(needed), f["out_cols"], 1, b.blocks)
+        else:
+            if mode == Mode.DENSE:
+                value = np.zeros((len(pixels), b.slices), np.float32)
+                part = pixels[:, 0, f["channel"]:f["channel"] + b.slices]
+                value[:, :part.shape[1]] = part
+                value = np.broadcast_to(value[:, None], (len(pixels), b.blocks, b.slices))
+            else:
+                value = self._intermediates(f, pixels, coefficients)
+            products = self._kernel_rows(f, value.reshape(len(needed), f["in_cols"], b.blocks, b.slices), taps)
+        place = np.searchsorted(needed, np.where(valid, source, needed[0]))
+        self._contribute(f, products, source, valid, place)
+        if not f["accumulate"]:
+            self._filled[bank] = count
+
+    def _pointwise(self, pixels, taps):
+        """Sums over all groups and positions: float64 [pixels, blocks]; multipliers beyond a group get 0."""
+        b = self.config.basis
+        weight = taps.transpose(0, 2, 3, 1).reshape(len(taps), b.slices * b.multipliers, b.blocks)
+        matrix = weight[:, :b.group].reshape(-1, b.blocks)
+        return pixels.reshape(len(pixels), -1).astype(np.float64) @ matrix.astype(np.float64)
+
+    def _kernel_rows(self, f, value, taps):
+        """Sum over m and s of each kernel row on each input row: float64 [rows, out_cols, kernel_rows, blocks].
+
+        ``value``: [rows, in_cols, blocks, slices]; what lies left and right of it is 0.
+        """
+        b, kernel = self.config.basis, (f["kernel_rows"], f["kernel_cols"])
+        line = taps.reshape(kernel[0], -1, b.blocks, b.slices, b.multipliers).transpose(2, 3, 0, 1, 4)
+        line = line.reshape(b.blocks, b.slices, kernel[0], -1)
+        if line[..., kernel[1]:].any():
+            self._fail(Error.NONE, f"taps from column {kernel[1]} of a kernel row on must be 0")
+        stride, used = 1 << f["stride_cols_log2"], line[..., :kernel[1]].any(axis=(0, 2, 3))
+        line, value = line[:, used], value[..., used]             # slices without taps: nothing to multiply
+        out = np.zeros((b.blocks, len(value) * f["out_cols"], kernel[0]))
+        source = np.arange(f["out_cols"]) * stride - f["pad_left"]
+        window = np.zeros((b.blocks, len(value), f["out_cols"], kernel[1], line.shape[1]))
+        for s in range(kernel[1]):
+            at = source + s * f["dilation_cols"]
+            inside = (at >= 0) & (at < f["in_cols"])
+            window[:, :, inside, s] = value[:, at[inside]].transpose(2, 0, 1, 3)
+        # Exact: basis_sum has far fewer than 53 bits.
+        matrix = line[..., :kernel[1]].transpose(0, 3, 1, 2).reshape(b.blocks, -1, kernel[0]).astype(np.float64)
+        np.matmul(window.reshape(b.blocks, len(value) * f["out_cols"], -1), matrix, out=out)
+        return out.reshape(b.blocks, len(value), f["out_cols"], kernel[0]).transpose(1, 2, 3, 0)
+
+    def _contribute(self, f, products, source, valid, place):
+        """Bring the contributions into the accumulators, kernel row after kernel row.
+
+        ``products``: [needed rows, out_cols, kernel_rows, blocks]; source, valid, place [out_rows, kernel_rows]: input
+        row, whether it is there, its index among the needed rows. An output's contributions arrive by rising r.
+        """
+        z, fmt, shape = self.sizes, self.sizes.accumulator, (f["out_rows"], f["out_cols"])
+        bank = self._accumulator[f["bank"], :shape[0] * shape[1]]
+        now = bank.reshape(*shape, -1).copy() if f["accumulate"] else np.zeros((*shape, z.columns), np.int64)
+        begun, bad = np.full(shape[0], bool(f["accumulate"])), []
+        for r in range(f["kernel_rows"]):
+            some = valid[:, r]
+            term = np.zeros((int(some.sum()), shape[1], z.columns), np.int64)
+            term[..., :products.shape[3]] = products[place[some, r], :, r]
+            before, first = now[some], ~begun[some][:, None, None]
+            joined = np.maximum(before, term) if f["operation"] == Operation.MAX else before + term
+            now[some] = joined = np.where(first, term, joined)
+            begun |= some
+            if joined.size and (joined.min() < fmt.lo or joined.max() > fmt.hi):
+                row, col, column = np.nonzero((joined < fmt.lo) | (joined > fmt.hi))
+                pixel = np.nonzero(some)[0][row] * shape[1] + col
+                bad += zip(source[some, r][row].tolist(), col.tolist(), [r] * len(row), column.tolist(),
+                           pixel.tolist(), joined[row, col, column].tolist())
+        if bad:                                                   # the first in the order of the hardware
+            y, _, r, column, pixel, value = min(bad)
+            self._fail(Error.ACCUMULATOR_OVERFLOW, f"pixel {pixel}, column {column}: {value} leaves {fmt.bits} bits "
+                       f"with kernel row {r} on input row {y}")
+        bank[:] = now.reshape(bank.shape)
+
     # -- store unit ----------------------------------------------------------------------------------------------------
     def _check_store(self, f):
         self._check_pixels(f)
@@ -540,12 +769,12 @@ class Machine:
                       f"parameters must end within the {self.sizes.parameter_words} beats")
 
     def _store(self, f):
-        z, s, vector, bank = self.sizes, self.config.structured, self._vector[Unit.STORE], f["bank"]
+        z, vector, bank = self.sizes, self._vector[Unit.STORE], f["bank"]
         units = self._grid(f["address"] // z.unit_bytes, (f["rows"], f["row_stride"]), (f["cols"], 1)).ravel()
         self._units(units)
         where = slice(f["parameter"], f["parameter"] + z.parameter_beats)
         self._reads("parameter", where, self._early)
-        words = self._parameter[where].ravel()[:s.columns * PARAMETER_BITS // 8].view("<u8")
+        words = self._parameter[where].ravel()[:z.columns * PARAMETER_BITS // 8].view("<u8")
         columns = [column_parameters().unpack(int(w)) for w in words]
         residual = None
         if f["residual"]:

@@ -226,7 +226,7 @@ VERSION = 1
 def encode(opcode, **fields):
     """256-bit word of an instruction; fields left out are 0. Raises InputError for unknown or unfitting fields."""
     record = INSTRUCTIONS[opcode]
-    values = {f.name: 0 for f in record.fields} | {"opcode": int(opcode)} | fields
+    values = {f.name: 0 if f.count is None else [0] * f.count for f in record.fields} | {"opcode": int(opcode)} | fields
     return record.pack(**values)
 
 

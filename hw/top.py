@@ -13,10 +13,10 @@ from hw.control.load import LoadUnit
 from hw.control.store import StoreUnit
 from hw.control.supervisor import Supervisor
 from hw.control.tokens import UNITS, Tokens
+from hw.execute import ExecuteUnit
 from hw.layouts import instruction_layout
 from hw.memory.ram import Ram
 from hw.memory.scratchpad import Scratchpad
-from hw.structured.engine import StructuredEngine
 from spec.config import Config
 from spec.derive import STEP_BITS, Sizes
 from spec.isa import Opcode
@@ -31,7 +31,7 @@ class Accelerator(wiring.Component):
 
     Ports: ``s_axil`` AXI4-Lite registers (`spec.registers`), ``m_axi`` AXI4 master to memory, ``irq``, and ``trace``
     for simulation and logic analysers: ``execute`` (0 idle, 1 issue, 2 wait for load, 3 wait for store, 4 wait for
-    weights), ``mark_valid`` and ``mark`` (a BARRIER passed).
+    weights, 5 wait for coefficients), ``mark_valid`` and ``mark`` (a BARRIER passed).
     Parameters: config (spec.config.Config).
     """
 
@@ -59,19 +59,18 @@ class Accelerator(wiring.Component):
         return m
 
     def _build_core(self, m, supervisor, registers):
-        config, s, sizes = self._config, self._config.structured, Sizes(self._config)
+        config, sizes = self._config, Sizes(self._config)
         m.submodules.read = read = ReadMaster(config=config)
         m.submodules.write = write = WriteMaster(config=config)
         m.submodules.command = command = CommandProcessor(config=config)
         m.submodules.load = load = LoadUnit(config=config)
-        m.submodules.execute = execute = StructuredEngine(config=config)
+        m.submodules.execute = execute = ExecuteUnit(config=config)
         m.submodules.store = store = StoreUnit(config=config)
         m.submodules.tokens = tokens = Tokens()
         m.submodules.scratchpad = scratchpad = Scratchpad(config=config)
         m.submodules.weights = weights = Ram(width=config.bus.data_bits, depth=sizes.weight_beats)
-        m.submodules.steps = steps = Ram(width=STEP_BITS, depth=config.memory.step_entries)
         m.submodules.parameters = parameters = Ram(width=config.bus.data_bits, depth=sizes.parameter_words)
-        m.submodules.residuals = residuals = Ram(width=8 * s.columns, depth=sizes.residual_units)
+        m.submodules.residuals = residuals = Ram(width=8 * sizes.columns, depth=sizes.residual_units)
 
         # -- bus ------------------------------------------------------------------------------------------------------
         for name in read_members(config.bus):
@@ -93,11 +92,10 @@ class Accelerator(wiring.Component):
 
         # -- instructions and tokens ----------------------------------------------------------------------------------
         connect_stream(m, command.load, load.i)
-        for name, unit, opcode in (("execute", execute, Opcode.EXECUTE), ("store", store, Opcode.STORE)):
-            queue = getattr(command, name)
-            layout = instruction_layout(opcode)
-            m.d.comb += [unit.i.valid.eq(queue.valid), queue.ready.eq(unit.i.ready),
-                         unit.i.payload.eq(data.View(layout, queue.payload[4:4 + layout.size]))]
+        connect_stream(m, command.execute, execute.i)
+        layout = instruction_layout(Opcode.STORE)
+        m.d.comb += [store.i.valid.eq(command.store.valid), command.store.ready.eq(store.i.ready),
+                     store.i.payload.eq(data.View(layout, command.store.payload[4:4 + layout.size]))]
         units = dict(zip(UNITS, (load, execute, store)))
         for a in UNITS:
             for b in UNITS:
@@ -121,9 +119,6 @@ class Accelerator(wiring.Component):
             weights.write_en.eq(load.weight_en), weights.write_address.eq(load.weight_address),
             weights.write_data.eq(load.linear_data), weights.read_en.eq(execute.weight_en),
             weights.read_address.eq(execute.weight_address), execute.weight_data.eq(weights.read_data),
-            steps.write_en.eq(load.step_en), steps.write_address.eq(load.step_address),
-            steps.write_data.eq(load.step_data), steps.read_en.eq(execute.step_en),
-            steps.read_address.eq(execute.step_address), execute.step_data.eq(steps.read_data),
             parameters.write_en.eq(load.parameter_en), parameters.write_address.eq(load.parameter_address),
             parameters.write_data.eq(load.linear_data), parameters.read_en.eq(store.parameter_en),
             parameters.read_address.eq(store.parameter_address), store.parameter_data.eq(parameters.read_data),
@@ -132,6 +127,12 @@ class Accelerator(wiring.Component):
             residuals.read_address.eq(store.residual_address), store.residual_data.eq(residuals.read_data),
             execute.acc_en.eq(store.acc_en), execute.acc_bank.eq(store.acc_bank),
             execute.acc_address.eq(store.acc_address), store.acc_data.eq(execute.acc_data)]
+        if config.structured is not None:
+            m.submodules.steps = steps = Ram(width=STEP_BITS, depth=config.memory.step_entries)
+            m.d.comb += [
+                steps.write_en.eq(load.step_en), steps.write_address.eq(load.step_address),
+                steps.write_data.eq(load.step_data), steps.read_en.eq(execute.step_en),
+                steps.read_address.eq(execute.step_address), execute.step_data.eq(steps.read_data)]
         return {"read": read, "write": write, "command": command, "load": load, "execute": execute, "store": store,
                 "tokens": tokens}
 
@@ -163,7 +164,8 @@ class Accelerator(wiring.Component):
             registers.value("MARK").eq(command.mark),
             self.trace.mark_valid.eq(command.mark_valid), self.trace.mark.eq(command.mark_number)]
 
-        idle = ~(execute.issue | execute.wait_load | execute.wait_store | execute.wait_weights)
+        idle = ~(execute.issue | execute.wait_load | execute.wait_store | execute.wait_weights
+                 | execute.wait_coefficients)
         with m.If(execute.issue):
             m.d.comb += self.trace.execute.eq(1)
         with m.Elif(execute.wait_load):
@@ -172,13 +174,16 @@ class Accelerator(wiring.Component):
             m.d.comb += self.trace.execute.eq(3)
         with m.Elif(execute.wait_weights):
             m.d.comb += self.trace.execute.eq(4)
+        with m.Elif(execute.wait_coefficients):
+            m.d.comb += self.trace.execute.eq(5)
 
         events = {
             "CYCLES": 1, "EXECUTE_ISSUE": execute.issue, "EXECUTE_WAIT_LOAD": execute.wait_load,
             "EXECUTE_WAIT_STORE": execute.wait_store, "EXECUTE_WAIT_WEIGHTS": execute.wait_weights,
             "EXECUTE_IDLE": idle, "LOAD_BUSY": load.writing, "LOAD_WAIT_TOKEN": load.waiting,
             "STORE_BUSY": store.reading, "STORE_WAIT_TOKEN": store.waiting, "READ_BEATS": read.beat,
-            "WRITE_BEATS": write.beat, "INSTRUCTIONS": command.issued}
+            "WRITE_BEATS": write.beat, "INSTRUCTIONS": command.issued,
+            "EXECUTE_WAIT_COEFFICIENTS": execute.wait_coefficients, "SATURATIONS": execute.saturated}
         for name, _ in COUNTERS:
             counter = Signal(32, name=f"count_{name.lower()}")
             with m.If(supervisor.begin):

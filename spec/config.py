@@ -189,6 +189,9 @@ class BasisConfig(_Section):
             raise InputError(f"times slices must be at least group ({self.group}): a pointwise layer multiplies a "
                              "group per cycle", field="multipliers", value=self.multipliers)
 
+        if self.multipliers > self.window:
+            raise InputError(f"must not exceed window ({self.window})", field="multipliers", value=self.multipliers)
+
     @property
     def multiplications(self):
         """Multiplications per cycle."""

@@ -87,6 +87,13 @@ class Sizes:
         """Format of one column's sum over all slots: exact for every operand."""
         return sum_spec(self.config.structured.slots, self.activation, self.weight)
 
+    @cached_property
+    def accumulator_input(self):
+        """Format that holds a sum of either engine on its way to the accumulators."""
+        c = self.config
+        return max(([self.column_sum] if c.structured is not None else []) +
+                   ([self.basis_sum] if c.basis is not None else []), key=lambda spec: spec.bits)
+
     # -- stream and activation scratchpad -------------------------------------------------------------------------
     @cached_property
     def index_bits(self):

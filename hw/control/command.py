@@ -8,7 +8,8 @@ from hw.bus.burst import request_layout
 from hw.layouts import error_layout, instruction_layout
 from hw.memory.queue import Queue
 from spec.derive import INSTRUCTION_BITS, Sizes
-from spec.isa import INSTRUCTIONS, UNIT_OF, VERSION, LinearTarget, Opcode, Operation, TileTarget, Unit
+from spec.isa import (INSTRUCTIONS, MAX_KERNEL_ROWS, SERIES_TERMS, UNIT_OF, VERSION, LinearTarget, Mode, Opcode,
+                      Operation, TileTarget, Unit)
 from spec.registers import Error
 
 
@@ -26,10 +27,13 @@ class InstructionCheck(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         config, sizes = self._config, Sizes(self._config)
-        depth = config.structured.accumulator_depth
+        depth = sizes.accumulator_depth
         unit_log2, beat_log2 = sizes.unit_bytes.bit_length() - 1, sizes.beat_bytes.bit_length() - 1
         with m.Switch(self.word[:4]):
             for op in Opcode:
+                if op == Opcode.EXECUTE and config.structured is None or \
+                        op == Opcode.EXECUTE_BASIS and config.basis is None:
+                    continue
                 record = INSTRUCTIONS[op]
                 layout = instruction_layout(op)
                 f = data.View(layout, self.word[4:4 + layout.size])
@@ -45,13 +49,22 @@ class InstructionCheck(wiring.Component):
                                f.address[:unit_log2] != 0]
                 elif op == Opcode.LOAD_LINEAR:
                     broken += [f.target > max(LinearTarget), f.beats == 0, f.address[:beat_log2] != 0]
-                    if sizes.step_beats > 1:
+                    if config.structured is None:       # there is no step table
+                        broken += [f.target == LinearTarget.STEP]
+                    elif sizes.step_beats > 1:
                         broken += [(f.target == LinearTarget.STEP) & f.beats[:sizes.step_beats.bit_length() - 1].any()]
                 elif op == Opcode.FILL:
                     broken += [f.rows == 0, f.blocks == 0]
                 elif op == Opcode.EXECUTE:
                     broken += [f.rows == 0, f.cols == 0, f.rows * f.cols > depth, f.steps == 0,
                                f.step + f.steps > config.memory.step_entries, f.operation > max(Operation)]
+                elif op == Opcode.EXECUTE_BASIS:
+                    broken += [f.mode > max(Mode), f.in_rows == 0, f.in_cols == 0, f.out_rows == 0, f.out_cols == 0,
+                               f.out_rows * f.out_cols > depth, f.kernel_rows == 0, f.kernel_rows > MAX_KERNEL_ROWS,
+                               f.kernel_cols == 0, f.dilation_rows == 0, f.dilation_cols == 0, f.groups == 0,
+                               f.operation > max(Operation)]
+                    if config.basis.coefficients == "series":
+                        broken += [(f.mode == Mode.DECOMPOSED) & ((f.terms == 0) | (f.terms > SERIES_TERMS))]
                 elif op == Opcode.STORE:
                     broken += [f.rows == 0, f.cols == 0, f.rows * f.cols > depth, f.low > f.high,
                                f.address[:unit_log2] != 0,

@@ -1,10 +1,10 @@
-"""The structured engine: the execute unit of the accelerator."""
-from amaranth.hdl import Module, Signal, Shape
+"""The structured engine: runs EXECUTE."""
+from amaranth.hdl import Module, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from hw.accumulators import update_layout
 from hw.layouts import error_layout, instruction_layout
-from hw.structured.accumulators import Accumulators
 from hw.structured.array import StructuredArray
 from hw.structured.streamer import Streamer, pixel_layout
 from hw.structured.weight_loader import WeightLoader
@@ -14,7 +14,8 @@ from spec.registers import Error
 
 
 class StructuredEngine(wiring.Component):
-    """Runs EXECUTE: weights from the weight buffer, activations from the scratchpad, sums into the accumulators.
+    """Runs EXECUTE: weights from the weight buffer, activations from the scratchpad, sums to the
+    accumulators.
 
     Weight loader, streamer, array and accumulators in a row; only the loader and the streamer can wait. Tokens are
     taken before an EXECUTE enters the loader and given when its last accumulator is written.
@@ -40,8 +41,7 @@ class StructuredEngine(wiring.Component):
             "weight_data": In(config.bus.data_bits),
             "read_en": Out(1), "read_row": Out(data.ArrayLayout(range(rows), sizes.banks)),
             "read_data": In(data.ArrayLayout(8 * s.block, sizes.banks)),
-            "acc_en": In(1), "acc_bank": In(1), "acc_address": In(range(s.accumulator_depth)),
-            "acc_data": Out(data.ArrayLayout(Shape(sizes.accumulator.bits, True), s.columns)),
+            "update": Out(update_layout(config)), "overflow": In(1),
             "issue": Out(1), "wait_load": Out(1), "wait_store": Out(1), "wait_weights": Out(1),
             "busy": Out(1), "error": Out(error_layout())})
 
@@ -51,7 +51,6 @@ class StructuredEngine(wiring.Component):
         m.submodules.loader = loader = WeightLoader(config=config)
         m.submodules.streamer = streamer = Streamer(config=config)
         m.submodules.array = array = StructuredArray(config=config)
-        m.submodules.accumulators = acc = Accumulators(config=config)
         wiring.connect(m, loader.o, streamer.i)
 
         # -- tokens, then the loader ------------------------------------------------------------------------------
@@ -79,20 +78,19 @@ class StructuredEngine(wiring.Component):
         in_flight = streamer.valid
         for stage in range(StructuredArray.latency):
             if stage == StructuredArray.latency - 1:
-                m.d.comb += [acc.fetch.eq(valid), acc.fetch_bank.eq(pixel.bank), acc.fetch_address.eq(pixel.address)]
+                m.d.comb += [self.update.fetch.eq(valid), self.update.bank.eq(pixel.bank),
+                             self.update.address.eq(pixel.address)]
             valid_next = Signal(name=f"valid{stage}")
             pixel_next = Signal(pixel_layout(config), name=f"pixel{stage}")
             m.d.sync += [valid_next.eq(valid), pixel_next.eq(pixel)]
             valid, pixel = valid_next, pixel_next
             in_flight = in_flight | valid
-        m.d.comb += [acc.init.eq(pixel.init), acc.operation.eq(pixel.operation), acc.sums.eq(array.sums)]
+        m.d.comb += [self.update.init.eq(pixel.init), self.update.operation.eq(pixel.operation),
+                     *(self.update.sums[c].eq(array.sums[c]) for c in range(config.structured.columns))]
         done = Signal()
         m.d.sync += [done.eq(valid & pixel.last),
                      self.push_load.eq(valid & pixel.last & pixel.push_load),
                      self.push_store.eq(valid & pixel.last & pixel.push_store)]
-
-        m.d.comb += [acc.read_en.eq(self.acc_en), acc.read_bank.eq(self.acc_bank),
-                     acc.read_address.eq(self.acc_address), self.acc_data.eq(acc.read_data)]
 
         # -- counters: each cycle has one cause ---------------------------------------------------------------------
         m.d.comb += self.issue.eq(streamer.issue)
@@ -103,12 +101,12 @@ class StructuredEngine(wiring.Component):
                 m.d.comb += self.wait_load.eq(1)
             with m.Elif(self.i.valid & need_store):
                 m.d.comb += self.wait_store.eq(1)
-        m.d.comb += self.busy.eq(self.i.valid | loader.busy | streamer.busy | in_flight | done)
+        m.d.comb += self.busy.eq(loader.busy | streamer.busy | in_flight | done)
 
         error = Signal(error_layout())
         m.d.comb += self.error.eq(error)
         with m.If(~error.valid):
-            with m.If(acc.overflow):
+            with m.If(self.overflow):
                 m.d.sync += [error.valid.eq(1), error.code.eq(Error.ACCUMULATOR_OVERFLOW)]
             with m.Elif(streamer.error.valid):
                 m.d.sync += error.eq(streamer.error)

@@ -1,12 +1,12 @@
 """The structured engine with its memories around it, which a test fills through their write ports."""
-from amaranth.hdl import Module
+from amaranth.hdl import Cat, Const, Module
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In
 
+from hw.execute import ExecuteUnit
 from hw.layouts import instruction_layout
 from hw.memory.ram import Ram
 from hw.memory.scratchpad import Scratchpad
-from hw.structured.engine import StructuredEngine
 from spec.derive import STEP_BITS, Sizes
 from spec.isa import Opcode
 
@@ -16,11 +16,11 @@ _THROUGH = ("available_load", "take_load", "push_load", "available_store", "take
 
 
 class EngineBench(wiring.Component):
-    """`StructuredEngine`, scratchpad, weight buffer and step table."""
+    """`ExecuteUnit` as EXECUTE sees it, scratchpad, weight buffer and step table."""
 
     def __init__(self, *, config):
         self._config, sizes = config, Sizes(config)
-        self._engine = StructuredEngine(config=config)
+        self._engine = ExecuteUnit(config=config)
         members = self._engine.signature.members
         rows = sizes.activation_blocks // sizes.banks
         super().__init__({
@@ -38,7 +38,8 @@ class EngineBench(wiring.Component):
         m.submodules.pad = pad = Scratchpad(config=self._config)
         m.submodules.weights = weights = Ram(width=self._config.bus.data_bits, depth=sizes.weight_beats)
         m.submodules.steps = steps = Ram(width=STEP_BITS, depth=self._config.memory.step_entries)
-        wiring.connect(m, wiring.flipped(self.i), engine.i)
+        m.d.comb += [engine.i.payload.eq(Cat(Const(Opcode.EXECUTE, 4), self.i.payload)),
+                     engine.i.valid.eq(self.i.valid), self.i.ready.eq(engine.i.ready)]
         for name in _THROUGH:
             inner, outer = getattr(engine, name), getattr(self, name)
             m.d.comb += inner.eq(outer) if self.signature.members[name].flow == In else outer.eq(inner)

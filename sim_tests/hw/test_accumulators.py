@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hw.structured.accumulators import Accumulators
+from hw.accumulators import Accumulators
 from sim_tests.hw.configs import CONFIGS
 from sim_tests.lib.pysim import simulate
 from spec.derive import Sizes
@@ -26,15 +26,16 @@ class Driver:
     async def cycle(self, *, fetch=None, sums=None, init=0, operation=Operation.ADD, read=None):
         """``sums`` belong to the fetch of the cycle before. Returns the word read in the cycle before."""
         ctx, dut = self.ctx, self.dut
-        ctx.set(dut.fetch, fetch is not None)
+        ctx.set(dut.update.fetch, fetch is not None)
         ctx.set(dut.read_en, read is not None)
-        for port, where in (("fetch", fetch), ("read", read)):
-            ctx.set(getattr(dut, f"{port}_bank"), where[0] if where else 1)
-            ctx.set(getattr(dut, f"{port}_address"), where[1] if where else 3)
-        ctx.set(dut.init, init)
-        ctx.set(dut.operation, operation)
+        for bank, address, where in ((dut.update.bank, dut.update.address, fetch),
+                                     (dut.read_bank, dut.read_address, read)):
+            ctx.set(bank, where[0] if where else 1)
+            ctx.set(address, where[1] if where else 3)
+        ctx.set(dut.update.init, init)
+        ctx.set(dut.update.operation, operation)
         for c in range(self.columns):
-            ctx.set(dut.sums[c], int(sums[c]) if sums is not None else -1)
+            ctx.set(dut.update.sums[c], int(sums[c]) if sums is not None else -1)
         await ctx.tick()
         return [ctx.get(dut.read_data[c]) for c in range(self.columns)]
 

@@ -1,4 +1,4 @@
-"""Two accumulator banks: the array adds into one while the store unit reads the other."""
+"""Two accumulator banks: an engine adds into one while the store unit reads the other."""
 from amaranth.hdl import Module, Mux, Signal, Shape
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
@@ -6,6 +6,14 @@ from amaranth.lib.wiring import In, Out
 from hw.memory.ram import Ram
 from spec.derive import Sizes
 from spec.isa import Operation
+
+
+def update_layout(config):
+    """What an engine tells the accumulators: ``fetch`` with bank and address, the rest with the sums a cycle later."""
+    sizes = Sizes(config)
+    return data.StructLayout({
+        "fetch": 1, "bank": 1, "address": range(sizes.accumulator_depth), "init": 1, "operation": 2,
+        "sums": data.ArrayLayout(Shape(sizes.accumulator_input.bits, True), sizes.columns)})
 
 
 class Accumulators(wiring.Component):
@@ -23,39 +31,36 @@ class Accumulators(wiring.Component):
     """
 
     def __init__(self, *, config):
-        s, sizes = config.structured, Sizes(config)
+        sizes = Sizes(config)
         acc = Shape(sizes.accumulator.bits, True)
         self._config = config
         super().__init__({
-            "fetch": In(1), "fetch_bank": In(1), "fetch_address": In(range(s.accumulator_depth)),
-            "init": In(1), "operation": In(2),      # with the sums, one cycle after fetch
-            "sums": In(data.ArrayLayout(Shape(sizes.column_sum.bits, True), s.columns)),
-            "overflow": Out(1),
-            "read_en": In(1), "read_bank": In(1), "read_address": In(range(s.accumulator_depth)),
-            "read_data": Out(data.ArrayLayout(acc, s.columns))})
+            "update": In(update_layout(config)), "overflow": Out(1),
+            "read_en": In(1), "read_bank": In(1), "read_address": In(range(sizes.accumulator_depth)),
+            "read_data": Out(data.ArrayLayout(acc, sizes.columns))})
 
     def elaborate(self, platform):
         m = Module()
-        s, sizes = self._config.structured, Sizes(self._config)
+        sizes, given = Sizes(self._config), self.update
         bits = sizes.accumulator.bits
-        layout = data.ArrayLayout(Shape(bits, True), s.columns)
-        banks = [Ram(width=bits * s.columns, depth=s.accumulator_depth) for _ in range(2)]
+        layout = data.ArrayLayout(Shape(bits, True), sizes.columns)
+        banks = [Ram(width=bits * sizes.columns, depth=sizes.accumulator_depth) for _ in range(2)]
         update = Signal()
         bank = Signal()
-        address = Signal.like(self.fetch_address)
-        m.d.sync += [update.eq(self.fetch), bank.eq(self.fetch_bank), address.eq(self.fetch_address)]
+        address = Signal(range(sizes.accumulator_depth))
+        m.d.sync += [update.eq(given.fetch), bank.eq(given.bank), address.eq(given.address)]
         old = data.View(layout, Mux(bank, banks[1].read_data, banks[0].read_data))
         new = Signal(layout)
-        outside = Signal(s.columns)
-        wide = max(bits, sizes.column_sum.bits) + 1     # a narrow accumulator may not even hold one column sum
-        for col in range(s.columns):
+        outside = Signal(sizes.columns)
+        wide = max(bits, sizes.accumulator_input.bits) + 1     # a narrow accumulator may not even hold one sum
+        for col in range(sizes.columns):
             total = Signal(Shape(wide, True), name=f"total{col}")
-            with m.If(self.init):
-                m.d.comb += total.eq(self.sums[col])
-            with m.Elif(self.operation == Operation.MAX):
-                m.d.comb += total.eq(Mux(self.sums[col] > old[col], self.sums[col], old[col]))
+            with m.If(given.init):
+                m.d.comb += total.eq(given.sums[col])
+            with m.Elif(given.operation == Operation.MAX):
+                m.d.comb += total.eq(Mux(given.sums[col] > old[col], given.sums[col], old[col]))
             with m.Else():
-                m.d.comb += total.eq(old[col] + self.sums[col])
+                m.d.comb += total.eq(old[col] + given.sums[col])
             cut = total[:bits].as_signed()
             m.d.comb += [new[col].eq(cut), outside[col].eq(total != cut)]
         m.d.sync += self.overflow.eq(update & outside.any())
@@ -66,9 +71,9 @@ class Accumulators(wiring.Component):
         m.d.comb += self.read_data.eq(Mux(read_bank, banks[1].read_data, banks[0].read_data))
         for n, ram in enumerate(banks):
             m.submodules[f"bank{n}"] = ram
-            fetching = self.fetch & (self.fetch_bank == n)
+            fetching = given.fetch & (given.bank == n)
             m.d.comb += [
                 ram.write_en.eq(update & (bank == n)), ram.write_address.eq(address), ram.write_data.eq(new),
                 ram.read_en.eq(fetching | self.read_en & (self.read_bank == n)),
-                ram.read_address.eq(Mux(fetching, self.fetch_address, self.read_address))]
+                ram.read_address.eq(Mux(fetching, given.address, self.read_address))]
         return m

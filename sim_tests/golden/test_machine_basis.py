@@ -230,6 +230,7 @@ def random_pass(rng, config, mode):
                 taps[row, :, :, i] = 0
     shape = (b.blocks, b.slices, f["groups"], b.group)
     ce = rng.integers(-1, 2, shape).astype(np.int8)
+    taps[:, :, rng.random(b.slices) < 0.2] = 0                    # slices that are not used, the first among them
     terms = ()
     if b.coefficients == "series":
         terms = [(2, 1), (1,), (1, 1, 1), (2,)][rng.integers(4)]
@@ -634,6 +635,27 @@ def test_accumulator_overflow_in_the_order_of_the_hardware(rng):
         else:
             fails(program, Error.ACCUMULATOR_OVERFLOW, overflow)
     assert seen == {True, False}
+
+
+@pytest.mark.parametrize("high, pixel, row", [
+    ([(2, 0), (2, 1)], 4, 2),                                     # alone: r = 0 of output row 2
+    ([(0, 0, 1), (1, 0, 1), (2, 0)], 0, 1),                       # two halves on row 1 come before a whole on row 2
+    ([(0, 1, 1), (1, 1, 1), (1, 0)], 2, 1),                       # on one row, columns from the left
+    ([(0, 0, 1), (1, 0)], 2, 1),                                  # on one pixel, r = 0 (of output row 1) before r = 1
+])
+def test_first_overflow(high, pixel, row):
+    """2 x 1 kernel of 127: a pixel of 255 in both slices leaves 16 bits at once, 128 in both with a second such."""
+    x = np.full((3, 2, 1, 4), -128, np.int8)
+    for y, xx, *half in high:
+        x[y, xx, 0, :2] = 0 if half else 127
+    program = Program(NARROW)
+    taps = taps_of_kernels(np.full((4, 2, 2, 1), 127), NARROW)
+    f = geometry_fields((2, 1), (1, 1), (0, 0, 1, 0), (1, 1), (3, 2)) | program.image(x) | {"zero_point": -128}
+    f |= {"mode": Mode.DENSE, "channel": 0, "accumulate": 0, "operation": 0}
+    program.execute(**f | program.weights(taps))
+    text = slow_basis(NARROW, x, taps, None, f, {})[3]
+    assert text.startswith(f"pixel {pixel}, column 0: ")
+    fails(program, Error.ACCUMULATOR_OVERFLOW, f"{text} 16 bits with kernel row . on input row {row}")
 
 
 def test_opcodes_of_engines_that_are_not_there():

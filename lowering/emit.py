@@ -144,16 +144,141 @@ class Region:
     filled: tuple | None = None
 
 
-class LayerEmitter:
-    """Emits one job into a program."""
+class Emitter:
+    """What the emitters of both engines share: rings, parameters, and what brings activations on chip."""
 
-    def __init__(self, job, plan: Plan, tiler: Tiler, sizes, program, constants, batch):
-        self.job, self.plan, self.tiler, self.sizes = job, plan, tiler, sizes
+    def __init__(self, job, plan, sizes, program, constants, batch):
+        self.job, self.plan, self.sizes = job, plan, sizes
         self.program, self.constants, self.batch = program, constants, batch
         self.bundles = job.bundles()
         self.macs_executed = 0
         self.max_weight_beats = min(sizes.weight_beats, 1 << 16)
         self.step_entries = min(sizes.config.memory.step_entries, MAX_COUNT)
+        #: Beats of weights and entries of the step table; set by the subclass.
+        self.weight_words = self.steps_total = 0
+
+    def begin(self, before=None):
+        """Open the buffers; they go on where those of the layer ``before`` end, so that both can be in use."""
+        sizes, memory = self.sizes, self.sizes.config.memory
+        planes = self.job.output.planes
+        self.parameter_chunk = planes if planes <= memory.parameter_groups else memory.parameter_groups // 2
+        parameter_words = min(sizes.parameter_words, 1 << 16)
+
+        def ring(name, target, words, word_beats, total):
+            head = getattr(before, name).head if before else 0
+            return Ring(name, target, words, word_beats, self.program, sizes, streaming=total > words,
+                        head=head if head + total <= words else 0)
+
+        self.weight = ring("weight", LinearTarget.WEIGHT, self.max_weight_beats, 1, self.weight_words)
+        self.step = ring("step", LinearTarget.STEP, self.step_entries, sizes.step_beats, self.steps_total)
+        self.parameter = ring("parameter", LinearTarget.PARAMETER, parameter_words, 1, planes * sizes.parameter_beats)
+
+    def _load_parameters(self, group):
+        """First beat of a column group's parameters; loads their chunk if it is not there."""
+        chunk, beats = self.parameter_chunk, self.sizes.parameter_beats
+        key = group // chunk
+        count = min(chunk, self.job.output.planes - key * chunk) * beats
+        source = self.parameter_source + key * chunk * beats * self.sizes.beat_bytes
+        allocation = self.parameter.get(key, count, source)
+        self.parameter.load(allocation)
+        return allocation.base + (group - key * chunk) * beats
+
+    def _fill_piece(self, region, place, begin, end):
+        """Padding of padded rows begin..end of one bundle.
+
+        The pixels behind a row's data (its right padding, which is also the next row's left padding) belong to the
+        row; those before the first row's data to the first piece; those behind the last row to the last row. Blocks
+        of a pixel that no channel group fills (``cb`` is rounded up) meet only weights of 0 and stay as they are.
+        """
+        plan, rows, cols = self.plan, region.rows, region.cols
+        cb, pitch = plan.cb, plan.pitch
+        base = region.base + place * plan.area
+        pixels = (rows.extent - 1) * pitch + max(cols.extent, cols.before + cols.data)
+        if not rows.data or not cols.data:
+            if begin == 0:
+                self._fill([(base, pixels * cb)], 1, 0)
+            return
+        if begin == 0:
+            self._fill([(base, (rows.before * pitch + cols.before) * cb)], 1, 0)
+        first, last = max(begin, rows.before), min(end, rows.before + rows.data)
+        if first >= last:
+            return
+        gap = (pitch - cols.data) * cb
+        final = last == rows.before + rows.data
+        gaps = last - first - int(final)
+        if gap and gaps > 0:
+            self._fill([(base + (first * pitch + cols.before + cols.data) * cb, gap)], gaps, pitch * cb)
+        if final:
+            start = (last - 1) * pitch + cols.before + cols.data
+            self._fill([(base + start * cb, (pixels - start) * cb)], 1, 0)
+
+    def _load_piece(self, region, place, begin, end):
+        """Padding, unless it is there, and data of padded rows begin..end of one bundle."""
+        if region.filled != (place, begin, end):
+            self._fill_piece(region, place, begin, end)
+        rows, cols = region.rows, region.cols
+        first, last = max(begin, rows.before), min(end, rows.before + rows.data)
+        if first >= last or not cols.data:
+            return
+        plan, sizes, job = self.plan, self.sizes, self.job
+        cb, pitch = plan.cb, plan.pitch
+        base = region.base + place * plan.area
+        start_group = self.bundles[region.tile.bundles[place // region.tile.images]][0] + region.chunk.groups[0]
+        planes = region.chunk.groups[1] - region.chunk.groups[0]
+        gb, source = sizes.group_blocks, job.input
+        image = region.tile.image + place % region.tile.images
+        origin = base + (first * pitch + cols.before) * cb
+        row = rows.start + first - rows.before
+        hi = origin + ((last - 1 - first) * pitch + cols.data - 1) * cb + cb
+        for plane in range(0, planes, MAX_TILE_PLANES):
+            count = min(MAX_TILE_PLANES, planes - plane)
+            address = source.offset + source.relative(image, start_group + plane, row, cols.start)
+            self._load_tile(TileTarget.ACTIVATION, ("activation", origin, hi - origin), address, origin + plane * gb,
+                            [(count, source.height * source.width, gb), (last - first, source.width, pitch * cb),
+                             (cols.data, 1, cb)])
+
+    def _fill(self, spans, rows, row_step):
+        """FILL of ``rows`` rows; each span is (first block, blocks)."""
+        for base, blocks in spans:
+            while blocks > 0:
+                count = min(blocks, MAX_FILL)
+                for r in range(0, rows, MAX_TILE_ROWS):
+                    n = min(MAX_TILE_ROWS, rows - r)
+                    first = base + r * row_step
+                    self.program.emit(Opcode.FILL, value=self.job.fill, rows=n, blocks=count, base=first,
+                                      row_step=row_step if n > 1 else 0,
+                                      writes=[("activation", first, (n - 1) * row_step + count)])
+                base, blocks = base + count, blocks - count
+
+    def _load_tile(self, target, written, address, base, dims):
+        """LOAD_TILE over ``dims`` (count, units apart in memory, words apart on chip), outermost first.
+
+        Neighbouring dimensions that are contiguous on both sides become one, so that bursts are as long as possible.
+        """
+        merged = []
+        for count, memory, chip in reversed(dims):
+            if count == 1:
+                continue
+            if merged and memory == merged[0][0] * merged[0][1] and chip == merged[0][0] * merged[0][2] and \
+                    count * merged[0][0] <= MAX_TILE_COLS:
+                merged[0] = (count * merged[0][0], *merged[0][1:])
+            else:
+                merged.insert(0, (count, memory, chip))
+        if not merged or merged[-1][1] != 1 or merged[-1][0] > MAX_TILE_COLS:
+            merged.append((1, 1, 0))
+        while len(merged) < 3:
+            merged.insert(0, (1, 0, 0))
+        (planes, plane_stride, plane_step), (rows, row_stride, row_step), (cols, _, col_step) = merged
+        self.program.emit(Opcode.LOAD_TILE, writes=[written], target=target, address=address, planes=planes, rows=rows,
+                          cols=cols, plane_stride=plane_stride, row_stride=row_stride, base=base, plane_step=plane_step,
+                          row_step=row_step, col_step=col_step)
+
+class LayerEmitter(Emitter):
+    """Emits one job of the structured engine into a program."""
+
+    def __init__(self, job, plan: Plan, tiler: Tiler, sizes, program, constants, batch):
+        super().__init__(job, plan, sizes, program, constants, batch)
+        self.tiler = tiler
         self._build_constants()
         self._build_items()
 
@@ -201,6 +326,7 @@ class LayerEmitter:
         self.table_base = source
         self.parameter_source = self.constants.add(pack_parameters(job, sizes))
         self.steps_total = table.shape[0]
+        self.weight_words = self.group_beats * (1 if self.weight_shared else job.output.planes)
 
     def _most_beats(self, drafts):
         """Beats of weights that one piece may have.
@@ -239,6 +365,11 @@ class LayerEmitter:
                                  weight_beats=at, tile_beat=tuple(tile_beat), tile_beats=tuple(tile_beats),
                                  low=tuple(low), high=tuple(high), row=tuple(row)))
 
+    @property
+    def patterns(self):
+        """Hardware patterns that run, in order."""
+        return tuple(f"{p.n}:{self.sizes.config.structured.block}" for p in self.plan.passes)
+
     # -- order of work ---------------------------------------------------------------------------------------------
     def _build_items(self):
         plan, out = self.plan, self.job.output
@@ -263,23 +394,6 @@ class LayerEmitter:
                                                    first=k == 0, last=k == len(self.pieces) - 1))
 
     # -- emission --------------------------------------------------------------------------------------------------
-    def begin(self, before=None):
-        """Open the buffers; they go on where those of the layer ``before`` end, so that both can be in use."""
-        sizes, memory = self.sizes, self.sizes.config.memory
-        planes = self.job.output.planes
-        self.parameter_chunk = planes if planes <= memory.parameter_groups else memory.parameter_groups // 2
-        groups = 1 if self.weight_shared else planes
-        parameter_words = min(sizes.parameter_words, 1 << 16)
-
-        def ring(name, target, words, word_beats, total):
-            head = getattr(before, name).head if before else 0
-            return Ring(name, target, words, word_beats, self.program, sizes, streaming=total > words,
-                        head=head if head + total <= words else 0)
-
-        self.weight = ring("weight", LinearTarget.WEIGHT, self.max_weight_beats, 1, self.group_beats * groups)
-        self.step = ring("step", LinearTarget.STEP, self.step_entries, sizes.step_beats, self.steps_total)
-        self.parameter = ring("parameter", LinearTarget.PARAMETER, parameter_words, 1, planes * sizes.parameter_beats)
-
     def preload(self):
         """What the layer needs first and the layer before does not make; placed before the barrier between them."""
         item = self.items[0]
@@ -417,16 +531,6 @@ class LayerEmitter:
         self.program.emit(Opcode.STORE, reads=reads, address=address, rows=rows, cols=cols,
                           row_stride=row_stride if rows > 1 else 0, bank=bank, parameter=parameter, **fields)
 
-    def _load_parameters(self, group):
-        """First beat of a column group's parameters; loads their chunk if it is not there."""
-        chunk, beats = self.parameter_chunk, self.sizes.parameter_beats
-        key = group // chunk
-        count = min(chunk, self.job.output.planes - key * chunk) * beats
-        source = self.parameter_source + key * chunk * beats * self.sizes.beat_bytes
-        allocation = self.parameter.get(key, count, source)
-        self.parameter.load(allocation)
-        return allocation.base + (group - key * chunk) * beats
-
     def _load_residual(self, item, rows, cols, first_row, first_col):
         sizes, source = self.sizes, self.job.residual
         units = min(sizes.residual_units, 1 << 16)
@@ -476,96 +580,6 @@ class LayerEmitter:
             if place // region.tile.images > bundle or place // region.tile.images == bundle and begin >= need:
                 return
             self._load_piece(region, *region.todo.pop(0))
-
-    def _fill_piece(self, region, place, begin, end):
-        """Padding of padded rows begin..end of one bundle.
-
-        The pixels behind a row's data (its right padding, which is also the next row's left padding) belong to the
-        row; those before the first row's data to the first piece; those behind the last row to the last row. Blocks
-        of a pixel that no channel group fills (``cb`` is rounded up) meet only weights of 0 and stay as they are.
-        """
-        plan, rows, cols = self.plan, region.rows, region.cols
-        cb, pitch = plan.cb, plan.pitch
-        base = region.base + place * plan.area
-        pixels = (rows.extent - 1) * pitch + max(cols.extent, cols.before + cols.data)
-        if not rows.data or not cols.data:
-            if begin == 0:
-                self._fill([(base, pixels * cb)], 1, 0)
-            return
-        if begin == 0:
-            self._fill([(base, (rows.before * pitch + cols.before) * cb)], 1, 0)
-        first, last = max(begin, rows.before), min(end, rows.before + rows.data)
-        if first >= last:
-            return
-        gap = (pitch - cols.data) * cb
-        final = last == rows.before + rows.data
-        gaps = last - first - int(final)
-        if gap and gaps > 0:
-            self._fill([(base + (first * pitch + cols.before + cols.data) * cb, gap)], gaps, pitch * cb)
-        if final:
-            start = (last - 1) * pitch + cols.before + cols.data
-            self._fill([(base + start * cb, (pixels - start) * cb)], 1, 0)
-
-    def _load_piece(self, region, place, begin, end):
-        """Padding, unless it is there, and data of padded rows begin..end of one bundle."""
-        if region.filled != (place, begin, end):
-            self._fill_piece(region, place, begin, end)
-        rows, cols = region.rows, region.cols
-        first, last = max(begin, rows.before), min(end, rows.before + rows.data)
-        if first >= last or not cols.data:
-            return
-        plan, sizes, job = self.plan, self.sizes, self.job
-        cb, pitch = plan.cb, plan.pitch
-        base = region.base + place * plan.area
-        start_group = self.bundles[region.tile.bundles[place // region.tile.images]][0] + region.chunk.groups[0]
-        planes = region.chunk.groups[1] - region.chunk.groups[0]
-        gb, source = sizes.group_blocks, job.input
-        image = region.tile.image + place % region.tile.images
-        origin = base + (first * pitch + cols.before) * cb
-        row = rows.start + first - rows.before
-        hi = origin + ((last - 1 - first) * pitch + cols.data - 1) * cb + cb
-        for plane in range(0, planes, MAX_TILE_PLANES):
-            count = min(MAX_TILE_PLANES, planes - plane)
-            address = source.offset + source.relative(image, start_group + plane, row, cols.start)
-            self._load_tile(TileTarget.ACTIVATION, ("activation", origin, hi - origin), address, origin + plane * gb,
-                            [(count, source.height * source.width, gb), (last - first, source.width, pitch * cb),
-                             (cols.data, 1, cb)])
-
-    def _fill(self, spans, rows, row_step):
-        """FILL of ``rows`` rows; each span is (first block, blocks)."""
-        for base, blocks in spans:
-            while blocks > 0:
-                count = min(blocks, MAX_FILL)
-                for r in range(0, rows, MAX_TILE_ROWS):
-                    n = min(MAX_TILE_ROWS, rows - r)
-                    first = base + r * row_step
-                    self.program.emit(Opcode.FILL, value=self.job.fill, rows=n, blocks=count, base=first,
-                                      row_step=row_step if n > 1 else 0,
-                                      writes=[("activation", first, (n - 1) * row_step + count)])
-                base, blocks = base + count, blocks - count
-
-    def _load_tile(self, target, written, address, base, dims):
-        """LOAD_TILE over ``dims`` (count, units apart in memory, words apart on chip), outermost first.
-
-        Neighbouring dimensions that are contiguous on both sides become one, so that bursts are as long as possible.
-        """
-        merged = []
-        for count, memory, chip in reversed(dims):
-            if count == 1:
-                continue
-            if merged and memory == merged[0][0] * merged[0][1] and chip == merged[0][0] * merged[0][2] and \
-                    count * merged[0][0] <= MAX_TILE_COLS:
-                merged[0] = (count * merged[0][0], *merged[0][1:])
-            else:
-                merged.insert(0, (count, memory, chip))
-        if not merged or merged[-1][1] != 1 or merged[-1][0] > MAX_TILE_COLS:
-            merged.append((1, 1, 0))
-        while len(merged) < 3:
-            merged.insert(0, (1, 0, 0))
-        (planes, plane_stride, plane_step), (rows, row_stride, row_step), (cols, _, col_step) = merged
-        self.program.emit(Opcode.LOAD_TILE, writes=[written], target=target, address=address, planes=planes, rows=rows,
-                          cols=cols, plane_stride=plane_stride, row_stride=row_stride, base=base, plane_step=plane_step,
-                          row_step=row_step, col_step=col_step)
 
     # -- prefetch --------------------------------------------------------------------------------------------------
     def _prefetch(self, at, keys, run_start):

@@ -58,19 +58,35 @@ class Job:
 
     def bundles(self):
         """Runs of column groups that read the same channel groups: (first channel group, [column groups])."""
-        runs = []
-        for group, start in enumerate(self.starts):
-            if runs and runs[-1][0] == start:
-                runs[-1][1].append(group)
-            else:
-                runs.append((start, [group]))
-        return runs
+        return bundles_of(self.starts)
+
+
+def bundles_of(starts):
+    """Runs of column groups that begin to read at the same channel group: (first channel group, [column groups])."""
+    runs = []
+    for group, start in enumerate(starts):
+        if runs and runs[-1][0] == start:
+            runs[-1][1].append(group)
+        else:
+            runs.append((start, [group]))
+    return runs
 
 
 def make_job(layer, *, sizes, mark, tensors, batch):
     """The `Job` of a layer. ``tensors``: name -> Placement. Raises InputError for what the hardware cannot run."""
     if not isinstance(layer, (Convolution, Pool, Add)):
         raise InputError("must be a Convolution, Pool or Add", field=f"layer {layer.name}", value=type(layer).__name__)
+    common = common_fields(layer, mark, tensors)
+    if isinstance(layer, Convolution):
+        job = _convolution(layer, sizes, common, batch)
+    else:
+        job = _channelwise(layer, sizes, common)
+    check_shape(job, layer)
+    return job
+
+
+def common_fields(layer, mark, tensors):
+    """What jobs of both engines have in common, checked: a dict of their fields."""
     source, target = tensors[layer.input], tensors[layer.output]
     residual = tensors[layer.residual] if layer.residual is not None else None
     if residual is not None and (residual.height, residual.width, residual.channels) != \
@@ -79,14 +95,8 @@ def make_job(layer, *, sizes, mark, tensors, batch):
     if isinstance(layer, Add) and residual is None:
         raise InputError("must name a residual operand", field=f"layer {layer.name}")
     _check_requantization(layer, target)
-    common = {"name": layer.name, "mark": mark, "input": source, "output": target, "residual": residual,
-              "requantization": layer.requantization}
-    if isinstance(layer, Convolution):
-        job = _convolution(layer, sizes, common, batch)
-    else:
-        job = _channelwise(layer, sizes, common)
-    _check_shape(job, layer)
-    return job
+    return {"name": layer.name, "mark": mark, "input": source, "output": target, "residual": residual,
+            "requantization": layer.requantization}
 
 
 def _convolution(layer, sizes, common, batch):
@@ -197,7 +207,7 @@ def _check_requantization(layer, target):
                              field=f"layer {layer.name}: {name}")
 
 
-def _check_shape(job, layer):
+def check_shape(job, layer):
     """The output size agrees with kernel, stride, dilation and pads."""
     pads = getattr(layer, "pads", (0, 0, 0, 0))
     for axis, name in enumerate(("height", "width")):
@@ -212,12 +222,14 @@ def _check_shape(job, layer):
 
 def pack_parameters(job, sizes):
     """uint8 [planes * parameter beats * beat bytes]: bias, multiplier and shift of every output channel."""
-    r, columns = job.requantization, sizes.unit_bytes
-    words = np.zeros(job.output.planes * columns, np.uint64)
+    r, columns, channels = job.requantization, sizes.unit_bytes, sizes.group_channels
+    words = np.zeros(job.output.planes * channels, np.uint64)
     count = job.output.channels
     words[:count] = (np.asarray(r.bias, np.int64) & 0xFFFFFFFF).astype(np.uint64)
     words[:count] |= np.asarray(r.multiplier).astype(np.uint64) << np.uint64(32)
     words[:count] |= np.asarray(r.shift).astype(np.uint64) << np.uint64(48)
+    # A group's channels, then the columns that have none.
+    words = np.pad(words.reshape(job.output.planes, channels), ((0, 0), (0, columns - channels)))
     out = np.zeros((job.output.planes, sizes.parameter_beats * sizes.beat_bytes), np.uint8)
     out[:, :columns * PARAMETER_BITS // 8] = words.astype("<u8").view(np.uint8).reshape(job.output.planes, -1)
     return out.reshape(-1)
@@ -225,4 +237,4 @@ def pack_parameters(job, sizes):
 
 def planes_of(channels, sizes):
     """Channel groups that hold ``channels`` channels."""
-    return ceil_div(channels, sizes.unit_bytes)
+    return ceil_div(channels, sizes.group_channels)

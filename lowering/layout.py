@@ -1,7 +1,8 @@
 """Where things lie in the accelerator's memory.
 
 Offset 0 begins the image: constants (weight tiles, step tables, parameters), then the program; the tensors follow.
-Tensors lie as [image][channel group][row][column][channel in group], int8; a **unit** is one pixel of one group.
+Tensors lie as [image][channel group][row][column][position in group], int8; a **unit** is one pixel of one group. A
+group's first ``group_channels`` positions are channels, the rest is padding.
 """
 from dataclasses import dataclass
 
@@ -34,9 +35,14 @@ class Placement:
     height: int
     width: int
     channels: int
-    #: Bytes of a unit: channels per group.
+    #: Bytes of a unit: positions in a group, the first ``group_channels`` of which are channels (0: all of them).
     unit_bytes: int
     zero_point: int
+    group_channels: int = 0
+
+    def __post_init__(self):
+        if not self.group_channels:
+            object.__setattr__(self, "group_channels", self.unit_bytes)
 
     @property
     def image_units(self):
@@ -55,7 +61,8 @@ class Placement:
     def write(self, memory, array):
         """Put int8 [images, height, width, channels] (or one image without its axis) into a uint8 memory.
 
-        Channels of the last group that the tensor does not have are set to its zero point.
+        Channel c lies in group ``c // group_channels`` at position ``c % group_channels``. All other positions are set
+        to the tensor's zero point.
         """
         array = np.asarray(array)
         array = array[None] if array.ndim == 3 else array
@@ -63,16 +70,22 @@ class Placement:
         if array.shape != shape or array.dtype != np.int8:
             raise InputError(f"must be int8 of shape {shape}", field=f"tensor {self.name}",
                              value=(str(array.dtype), array.shape))
-        padded = np.full((*shape[:3], self.planes * self.unit_bytes), self.zero_point, np.int8)
+        padded = np.full((*shape[:3], self.planes * self.group_channels), self.zero_point, np.int8)
         padded[..., :self.channels] = array
-        units = padded.reshape(*shape[:3], self.planes, self.unit_bytes).transpose(0, 3, 1, 2, 4)
+        units = np.full((*shape[:3], self.planes, self.unit_bytes), self.zero_point, np.int8)
+        units[..., :self.group_channels] = padded.reshape(*shape[:3], self.planes, self.group_channels)
+        units = units.transpose(0, 3, 1, 2, 4)
         memory[self.offset:self.offset + self.bytes] = np.ascontiguousarray(units).reshape(-1).view(np.uint8)
 
     def read(self, memory, *, padded=False):
-        """int8 [images, height, width, channels] from a uint8 memory; ``padded`` keeps the last group whole."""
+        """int8 [images, height, width, channels] from a uint8 memory; ``padded`` keeps the last group whole.
+
+        Positions of a unit beyond ``group_channels`` are no channels and never read.
+        """
         raw = np.asarray(memory[self.offset:self.offset + self.bytes]).view(np.int8)
         units = raw.reshape(self.images, self.planes, self.height, self.width, self.unit_bytes)
-        array = units.transpose(0, 2, 3, 1, 4).reshape(self.images, self.height, self.width, -1)
+        array = units[..., :self.group_channels].transpose(0, 2, 3, 1, 4)
+        array = array.reshape(self.images, self.height, self.width, -1)
         return array.copy() if padded else array[..., :self.channels].copy()
 
 

@@ -3,6 +3,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lowering.basis import make_basis_job, uses_basis
+from lowering.basis_emit import BasisEmitter
+from lowering.basis_tiling import BasisTiler
 from lowering.emit import LayerEmitter
 from lowering.job import make_job, planes_of
 from lowering.layout import TENSOR_ALIGN_BYTES, Constants, Placement, align
@@ -27,16 +30,18 @@ class LayerInfo:
     residual: str | None
     #: Multiplications of the dense layer, all images; 0 for pooling and addition.
     macs_dense: int
-    #: Multiplications the array performs, idle slots included: steps x pixels x multipliers.
+    #: Multiplications the engine performs, idle slots included: steps x pixels x multipliers of the structured engine,
+    #: micro-steps x multiplications of the basis engine.
     macs_executed: int
-    #: Steps of one output strip of one column group.
+    #: Steps of one output strip of one column group; on the basis engine its passes.
     steps: int
     #: Instructions first .. last of the program, the BARRIER included (and first loads of the next layer before it).
     first_instruction: int
     last_instruction: int
-    #: Bytes of weight tiles in memory.
+    #: Bytes of weight tiles in memory; on the basis engine of taps and coefficients.
     weight_bytes: int
-    #: Hardware patterns N:block that run, in order.
+    #: Hardware patterns N:block that run, in order. On the basis engine the terms N:group of the longest series, or
+    #: ``maps``; ``dense`` and ``pointwise`` for layers that are not decomposed.
     patterns: tuple[str, ...]
     plan: object
 
@@ -85,7 +90,8 @@ def lower(network, config, *, batch=1, layers=None):
 
     Args:
         network: `compress.network.Network`.
-        config: `spec.config.Config`.
+        config: `spec.config.Config`. A basis convolution runs on its basis engine, every other layer on its structured
+            engine if there is one.
         batch: images per run, 1..1024; each has its own place in every tensor.
         layers: names of the layers to lower, in any order; None for all. Tensors that these layers read and none of
             them makes are inputs.
@@ -145,7 +151,7 @@ def _place(network, chosen, sizes, batch):
                              field=f"tensor {name}", value=t.shape)
         placed[name] = Placement(name=name, offset=at, images=batch, planes=planes_of(t.channels, sizes),
                                  height=t.height, width=t.width, channels=t.channels, unit_bytes=sizes.unit_bytes,
-                                 zero_point=t.zero_point)
+                                 zero_point=t.zero_point, group_channels=sizes.group_channels)
         at = align(at + placed[name].bytes, TENSOR_ALIGN_BYTES)
     limit = 1 << sizes.config.bus.address_bits
     if at > limit // 2:
@@ -155,6 +161,10 @@ def _place(network, chosen, sizes, batch):
 
 
 def _prepare(layer, mark, *, sizes, tensors, batch, program, constants):
+    if uses_basis(layer, sizes.config):
+        job = make_basis_job(layer, sizes=sizes, mark=mark, tensors=tensors, batch=batch)
+        tiler = BasisTiler(job, sizes, batch)
+        return BasisEmitter(job, tiler.plan(), tiler, sizes, program, constants, batch)
     job = make_job(layer, sizes=sizes, mark=mark, tensors=tensors, batch=batch)
     tiler = Tiler(job, sizes, batch)
     return LayerEmitter(job, tiler.plan(), tiler, sizes, program, constants, batch)
@@ -168,13 +178,12 @@ def _emit(emitter, layer, following, program):
         following.begin(emitter)
         following.preload()
     program.barrier(emitter.job.mark)
-    job, plan, sizes = emitter.job, emitter.plan, emitter.sizes
-    block = sizes.config.structured.block
+    job = emitter.job
     return LayerInfo(
         name=layer.name, op=job.op, format=job.format, mark=job.mark, input=layer.input, output=layer.output,
         residual=layer.residual, macs_dense=job.macs_dense, macs_executed=emitter.macs_executed,
         steps=emitter.steps_total, first_instruction=first, last_instruction=len(program.instructions) - 1,
-        weight_bytes=emitter.weight_bytes, patterns=tuple(f"{p.n}:{block}" for p in plan.passes), plan=plan)
+        weight_bytes=emitter.weight_bytes, patterns=emitter.patterns, plan=emitter.plan)
 
 
 def _program_bytes(program, sizes):

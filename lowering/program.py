@@ -97,7 +97,8 @@ class Program:
             opcode = fields.pop("opcode")
             if opcode in (Opcode.LOAD_TILE, Opcode.STORE):
                 fields["address"] += tensor_base
-            word = encode(opcode, **{k: int(v) for k, v in fields.items()}).to_bytes(32, "little")
+            values = {k: [int(x) for x in v] if isinstance(v, (list, tuple)) else int(v) for k, v in fields.items()}
+            word = encode(opcode, **values).to_bytes(32, "little")
             row[:32] = np.frombuffer(word, np.uint8)
         return out
 

@@ -1,12 +1,14 @@
 """Random layers for the tests, and their exact results from the golden operations alone."""
 import numpy as np
 
-from compress.network import Add, Convolution, Network, Pool, Requantization, Tensor, Term
+from compress.network import Add, BasisConvolution, Convolution, Network, Pool, Requantization, Tensor, Term
+from golden.basis import IntegerDecomposition
 from golden.convolution import accumulate
 from golden.machine import Machine
 from golden.pooling import average_pool_sum, max_pool
 from golden.requantize import requantize
 from lowering import lower
+from lowering.basis import uses_basis
 from spec.config import Pattern
 
 
@@ -47,6 +49,21 @@ def convolution(rng, name="conv", *, size, channels, outputs, kernel=(3, 3), pat
     return layer, tensor(target, height, width, outputs, 3)
 
 
+def basis_convolution(rng, name="basis", *, size, channels, outputs, count, kernel=(3, 3), density=0.3, stride=(1, 1),
+                      pads=(0, 0, 0, 0), dilation=(1, 1), intermediate_bits=16, residual=False, source="x", target="y"):
+    """(layer, output tensor) with ``count`` full-range basis kernels and irregular coefficients."""
+    height, width = (
+        (size[a] + pads[a] + pads[a + 2] - (kernel[a] - 1) * dilation[a] - 1) // stride[a] + 1 for a in (0, 1))
+    shape = outputs, channels, count
+    signs = rng.choice([-1, 1], shape) * (rng.random(shape) < density)
+    layer = BasisConvolution(name=name, input=source, output=target, residual="r" if residual else None,
+                             requantization=requantization(rng, outputs, residual=residual),
+                             basis=rng.integers(-128, 128, (count, *kernel)).astype(np.int8),
+                             coefficients=signs.astype(np.int8), intermediate_bits=intermediate_bits, stride=stride,
+                             pads=pads, dilation=dilation, format=f"basis:{count}")
+    return layer, tensor(target, height, width, outputs, 3)
+
+
 def pool(rng, name="pool", *, size, channels, kind, window, stride, pads=(0, 0, 0, 0), source="x", target="y"):
     height, width = ((size[a] + pads[a] + pads[a + 2] - window[a]) // stride[a] + 1 for a in (0, 1))
     r = requantization(rng, channels)
@@ -78,6 +95,10 @@ def expected(layer, values, tensors):
     if isinstance(layer, Convolution):
         acc = accumulate(x, [t.values for t in layer.terms], stride=layer.stride, pads=layer.pads,
                          dilation=layer.dilation, groups=layer.groups, pad_value=zero)
+    elif isinstance(layer, BasisConvolution):
+        acc = IntegerDecomposition(basis=layer.basis, coefficients=layer.coefficients).run(
+            x.astype(np.int64) - zero, stride=layer.stride, pads=layer.pads, dilation=layer.dilation,
+            intermediate_bits=layer.intermediate_bits).output
     elif isinstance(layer, Add):
         acc = x.astype(np.int64)
     elif layer.kind == "max":
@@ -111,6 +132,15 @@ def check(net, config, rng, *, batch=1, layers=None):
         values[layer.output] = expected(layer, values, net.tensors)
         got = lowered.read_tensor(memory, layer.output)
         np.testing.assert_array_equal(got, values[layer.output], err_msg=layer.name)
-    assert machine.counts["pixel_steps"] * config.structured.multipliers == sum(i.macs_executed for i in lowered.layers)
+    _check_counts(machine.counts["pixel_steps"], chosen, config, lowered)
     assert machine.mark == len(chosen) and not any(machine.tokens.values())
     return lowered, machine
+
+
+def _check_counts(steps, chosen, config, lowered):
+    """The multiplications that the lowering promises are those that the machine did, each engine's by itself."""
+    for layer, info in zip(chosen, lowered.layers):
+        multipliers = config.basis.multiplications if uses_basis(layer, config) else config.structured.multipliers
+        assert info.macs_executed % multipliers == 0
+        steps -= info.macs_executed // multipliers
+    assert steps == 0

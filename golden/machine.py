@@ -92,7 +92,7 @@ class Machine:
             ``bytes_written`` (data), ``bytes_instructions``, and one entry per opcode name. EXECUTE_BASIS counts its
             micro-steps as ``pixel_steps``, products of a non-zero tap and a pixel as ``macs`` (ADD only), non-zero
             coefficients times streamed pixels as ``adds``, and clamped intermediates as ``saturations``.
-        basis_word_cycles: with ``record_cycles`` and maps, {instruction number: int64 [streamed input rows, in_cols,
+        basis_word_cycles: with ``record_cycles`` and maps, {instruction number: int64 [streamed input rows, columns,
             words]}: cycles of each stream word of each DECOMPOSED pass of the last `run`, in the order of the stream.
     Raises: TypeError for other memories.
     """
@@ -571,6 +571,9 @@ class Machine:
         b, z, terms = self.config.basis, self.sizes, self._basis_terms(f)
         reach = (f["kernel_cols"] - 1) * f["dilation_cols"] + 1
         self._require(reach <= b.window, f"kernel_cols reach over {reach} pixels, more than the window of {b.window}")
+        self._require(f["pad_left"] < reach, f"pad_left must be below {reach}, the reach of the kernel's columns")
+        self._require(f["pad_top"] <= (f["kernel_rows"] - 1) * f["dilation_rows"],
+                      "pad_top must be below the reach of the kernel's rows")
         rows = f["groups"] if f["mode"] == Mode.POINTWISE else f["kernel_rows"] * ceil_div(f["kernel_cols"],
                                                                                           b.multipliers)
         self._require(rows <= b.tap_rows, f"the pass needs {rows} rows of taps, more than {b.tap_rows}")
@@ -634,7 +637,7 @@ class Machine:
     def _basis_pixels(self, f, needed):
         """Activations less the zero point of input rows ``needed``: float32 [pixels, groups read, group]."""
         z, groups = self.sizes, 1 if f["mode"] == Mode.DENSE else f["groups"]
-        at = f["base"] + needed[:, None] * f["row_step"] + np.arange(f["in_cols"]) * f["col_step"]
+        at = f["base"] + needed[:, None] * f["row_step"] + np.arange(f["streamed"]) * f["col_step"]
         last = int(at.max()) + groups * z.group_blocks - 1
         self._require(last < z.activation_blocks, f"the pass reads block {last}, beyond {z.activation_blocks - 1}",
                       Error.STREAM_ADDRESS)
@@ -649,7 +652,7 @@ class Machine:
             b = self.config.basis
             cycles = pixel_word_cycles(pixels != 0, coefficients, stream_groups=b.stream_groups,
                                        look_aside=b.look_aside)
-            self.basis_word_cycles[self._pc] = cycles.reshape(-1, f["in_cols"], cycles.shape[1])
+            self.basis_word_cycles[self._pc] = cycles.reshape(-1, f["streamed"], cycles.shape[1])
         # Exact: at most 255 groups of 16 values of at most 255.
         matrix = coefficients.reshape(self.sizes.basis_slices, -1).T.astype(np.float32)
         sums = pixels.reshape(len(pixels), -1) @ matrix
@@ -661,6 +664,9 @@ class Machine:
     def _execute_basis(self, f):
         b, z, bank, mode = self.config.basis, self.sizes, f["bank"], f["mode"]
         rows = self._check_basis_fields(f)
+        # Columns behind the last that any output needs are not streamed.
+        reach = (f["kernel_cols"] - 1) * f["dilation_cols"] + 1
+        f = f | {"streamed": min(f["in_cols"], (f["out_cols"] - 1 << f["stride_cols_log2"]) + reach - f["pad_left"])}
         taps, coefficients = self._load_basis(f, rows)
         for name in ("base", "row_step", "col_step"):
             self._require(f[name] % z.group_blocks == 0, f"{name} must be a multiple of {z.group_blocks}, not "
@@ -694,7 +700,7 @@ class Machine:
                 value = np.broadcast_to(value[:, None], (len(pixels), b.blocks, b.slices))
             else:
                 value = self._intermediates(f, pixels, coefficients)
-            products = self._kernel_rows(f, value.reshape(len(needed), f["in_cols"], b.blocks, b.slices), taps)
+            products = self._kernel_rows(f, value.reshape(len(needed), f["streamed"], b.blocks, b.slices), taps)
         place = np.searchsorted(needed, np.where(valid, source, needed[0]))
         self._contribute(f, products, source, valid, place)
         if not f["accumulate"]:
@@ -710,7 +716,7 @@ class Machine:
     def _kernel_rows(self, f, value, taps):
         """Sum over m and s of each kernel row on each input row: float64 [rows, out_cols, kernel_rows, blocks].
 
-        ``value``: [rows, in_cols, blocks, slices]; what lies left and right of it is 0.
+        ``value``: [rows, streamed columns, blocks, slices]; what lies left and right of it is 0.
         """
         b, kernel = self.config.basis, (f["kernel_rows"], f["kernel_cols"])
         line = taps.reshape(kernel[0], -1, b.blocks, b.slices, b.multipliers).transpose(2, 3, 0, 1, 4)
@@ -724,7 +730,7 @@ class Machine:
         window = np.zeros((b.blocks, len(value), f["out_cols"], kernel[1], line.shape[1]))
         for s in range(kernel[1]):
             at = source + s * f["dilation_cols"]
-            inside = (at >= 0) & (at < f["in_cols"])
+            inside = (at >= 0) & (at < f["streamed"])
             window[:, :, inside, s] = value[:, at[inside]].transpose(2, 0, 1, 3)
         # Exact: basis_sum has far fewer than 53 bits.
         matrix = line[..., :kernel[1]].transpose(0, 3, 1, 2).reshape(b.blocks, -1, kernel[0]).astype(np.float64)

@@ -78,7 +78,9 @@ class BasisLoader(wiring.Component):
         else:
             shift = b.stream_groups.bit_length() - 1
             m.d.comb += words.eq((x.groups + (1 << shift) - 1) >> shift)
-        bad += [decomposed & (words > b.coefficient_rows), decomposed & (x.groups > sizes.coefficient_groups)]
+        bad.append(decomposed & (words > b.coefficient_rows))
+        if sizes.coefficient_groups < 255:
+            bad.append(decomposed & (x.groups > sizes.coefficient_groups))
         bad.append(pointwise & ((x.kernel_rows != 1) | (x.kernel_cols != 1) | (x.pad_top != 0) | (x.pad_left != 0)
                                 | (x.stride_rows_log2 != 0) | (x.stride_cols_log2 != 0) | (x.out_rows != x.in_rows)
                                 | (x.out_cols != x.in_cols)))

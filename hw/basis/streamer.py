@@ -115,7 +115,9 @@ class BasisStreamer(wiring.Component):
         start = place[:bank_log2]
         for bank in range(sizes.banks):
             within = bank // sizes.group_blocks
-            m.d.comb += self.read_row[bank].eq((place >> bank_log2) + ((within < start) if bank_log2 else 0))
+            # banks before the word's first group hold groups of the next row
+            before = within < start if within + 1 < bank_groups else 0
+            m.d.comb += self.read_row[bank].eq((place >> bank_log2) + before)
 
         # -- the word's description travels with it -----------------------------------------------------------------
         about = data.StructLayout({

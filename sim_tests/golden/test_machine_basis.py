@@ -135,6 +135,12 @@ def sparse(rng, shape, density, signs=(-1, 1)):
 
 
 # -- plain loops -------------------------------------------------------------------------------------------------------
+def streamed_columns(f):
+    """Input columns that some output needs."""
+    needed = (f["out_cols"] - 1) * (1 << f["stride_cols_log2"]) + (f["kernel_cols"] - 1) * f["dilation_cols"] + 1
+    return min(f["in_cols"], needed - f["pad_left"])
+
+
 def slow_basis(config, x, taps, ce, f, before):
     """docs/basis.md as loops over numbers: (accumulators {(y', x'): list}, saturations, streamed rows, first overflow).
 
@@ -146,7 +152,7 @@ def slow_basis(config, x, taps, ce, f, before):
     acc = {key: list(v) for key, v in before.items()} if f["accumulate"] else {}
 
     def pixel(y, xx, block):
-        if not 0 <= xx < f["in_cols"]:
+        if not 0 <= xx < streamed_columns(f):
             return [0] * b.slices
         return value[y, xx][block]
 
@@ -156,7 +162,7 @@ def slow_basis(config, x, taps, ce, f, before):
         if not valid:
             continue
         streamed.append(y)
-        for xx in range(f["in_cols"]):
+        for xx in range(streamed_columns(f)):
             q0 = [[int(v) - f["zero_point"] for v in group] for group in x[y, xx]]
             value[y, xx] = []
             for block in range(b.blocks):
@@ -218,7 +224,9 @@ def random_pass(rng, config, mode):
         rows = f["groups"] if mode == Mode.POINTWISE else f["kernel_rows"] * parts
         source = [[(y << f["stride_rows_log2"]) + r * f["dilation_rows"] - f["pad_top"]
                    for r in range(f["kernel_rows"])] for y in range(f["out_rows"])]
-        if (f["kernel_cols"] - 1) * f["dilation_cols"] < b.window and rows <= b.tap_rows and \
+        reach = (f["kernel_cols"] - 1) * f["dilation_cols"]
+        if reach < b.window and rows <= b.tap_rows and f["pad_left"] <= reach and \
+                f["pad_top"] <= (f["kernel_rows"] - 1) * f["dilation_rows"] and \
                 all(any(0 <= y < f["in_rows"] for y in row) for row in source):
             break
     x = rng.integers(-128, 128, (f["in_rows"], f["in_cols"], f["groups"], b.group)).astype(np.int8)
@@ -267,14 +275,14 @@ def test_random_passes_equal_plain_loops(rng, name, mode):
                     for y in range(f["out_rows"]) for r in range(f["kernel_rows"]))
         steps = f["groups"] if mode == Mode.POINTWISE else ceil_div(f["kernel_cols"], b.multipliers)
         assert machine.counts["pixel_steps"] == 2 * steps * valid * f["out_cols"]
-        assert machine.counts["adds"] == (2 * np.count_nonzero(ce) * len(rows) * f["in_cols"] if decomposed else 0)
+        assert machine.counts["adds"] == (2 * np.count_nonzero(ce) * len(rows) * streamed_columns(f) if decomposed else 0)
         if not (decomposed and b.coefficients == "maps"):
             assert machine.basis_word_cycles == {}
             continue
         assert list(machine.basis_word_cycles) == numbers
         for n in numbers:
             cycles = machine.basis_word_cycles[n]
-            assert cycles.shape == (len(rows), f["in_cols"], ceil_div(f["groups"], b.stream_groups))
+            assert cycles.shape == (len(rows), streamed_columns(f), ceil_div(f["groups"], b.stream_groups))
             for i, xx, w in np.ndindex(cycles.shape):
                 part = slice(w * b.stream_groups, (w + 1) * b.stream_groups)
                 matches = (ce[:, :, part] != 0) & (x[rows[i], xx, part] != f["zero_point"])
@@ -494,9 +502,8 @@ def one_pass(config=SERIES, *, x=None, load_taps=True, load_coefficients=True, *
     ({"coefficients": 1}, "Coefficients must be 1 tiles of 16 bytes, not 8 bytes"),
     ({"mode": Mode.DENSE}, "coefficients must be loaded by a DECOMPOSED pass, not DENSE"),
     ({"accumulate": 1}, "accumulator bank 0 is added to but was never written"),
-    ({"pad_top": 1}, "output row 0 has no contribution"),
     ({"in_rows": 1}, "output row 1 has no contribution"),
-    ({"in_cols": 3}, "activation block 2 is read but was never written"),
+    ({"in_cols": 3, "stride_cols_log2": 1}, "activation block 2 is read but was never written"),
     ({"weight": 2}, "weight beat 2 is read but was never written"),
     ({"taps": 0, "coefficients": 0}, "1 rows of taps are read but 0"),
 ])
@@ -552,9 +559,10 @@ AT_EXECUTION = [
     ({"terms": 2, "n_log2": [0, 3, 0, 0]}, "n_log2 must name N of at most 4"),
     ({"groups": 17}, "groups must be at most 16"),
     ({"groups": 16, "n_log2": [1, 0, 0, 0]}, "a pixel takes 8 stream words, more than 4 rows of coefficients"),
+    ({"pad_left": 1}, "pad_left must be below 1"),
+    ({"pad_top": 1}, "pad_top must be below the reach"),
     *(({"mode": Mode.POINTWISE, name: value}, f"{name} must be .* in mode POINTWISE, not {value}")
-      for name, value in (("kernel_rows", 2), ("kernel_cols", 2), ("pad_top", 1), ("pad_left", 1),
-                          ("stride_rows_log2", 1), ("stride_cols_log2", 1), ("out_rows", 1), ("out_cols", 3))),
+      for name, value in (("kernel_rows", 2), ("kernel_cols", 2), ("stride_rows_log2", 1), ("stride_cols_log2", 1), ("out_rows", 1), ("out_cols", 3))),
 ]
 
 

@@ -4,9 +4,12 @@ from pathlib import Path
 import numpy as np
 
 from compress.graph import top1
-from compress.network import Convolution, Pool
-from golden import convolution, pooling, requantize
+from compress.network import BasisConvolution, Convolution, Pool
+from golden import basis, convolution, pooling, requantize
 from spec.errors import InputError
+
+#: Intermediates of a basis layer that are computed at once.
+_CHUNK = 1 << 22
 
 
 def quantize_input(network, x):
@@ -38,11 +41,29 @@ def accumulators(layer, network, values):
         acc = convolution.accumulate(x, layer.effective_weights(), stride=layer.stride, pads=layer.pads,
                                      dilation=layer.dilation, groups=layer.groups, pad_value=zero_point)
         return convolution.check_accumulator(acc)
+    if isinstance(layer, BasisConvolution):
+        return convolution.check_accumulator(_basis_accumulators(layer, x, zero_point))
     if isinstance(layer, Pool):
         if layer.kind == "max":
             return pooling.max_pool(x, layer.window, stride=layer.stride, pads=layer.pads).astype(np.int64)
         return pooling.average_pool_sum(x, layer.window, stride=layer.stride, pads=layer.pads, pad_value=zero_point)
     return x.astype(np.int64)
+
+
+def _basis_accumulators(layer, x, zero_point):
+    """Sums over ``x - zero_point``, coefficients first; IR saturates at the layer's width. Outputs are independent, so
+    parts of batch and outputs bound the memory."""
+    x = x.astype(np.int16) - np.int16(zero_point)
+    outputs, _, count = layer.coefficients.shape
+    per_output = x.shape[1] * x.shape[2] * count
+    step = int(np.clip(_CHUNK // per_output, 1, outputs))
+    batch = max(1, _CHUNK // (per_output * step))
+    parts = [basis.IntegerDecomposition(basis=layer.basis, coefficients=layer.coefficients[at:at + step])
+             for at in range(0, outputs, step)]
+    return np.concatenate([
+        np.concatenate([part.run(x[at:at + batch], stride=layer.stride, pads=layer.pads, dilation=layer.dilation,
+                                 intermediate_bits=layer.intermediate_bits).output for part in parts], axis=3)
+        for at in range(0, max(1, len(x)), batch)])
 
 
 def run_layer(layer, network, values):

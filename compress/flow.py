@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from compress import arrays, demo, engine, factorize, methods, onnx_import, permute, tasder
+from compress import arrays, demo, engine, factorize, methods, mix, onnx_import, permute, tasder
 from compress import graph as graphs
+from compress.network import BasisConvolution
 from compress.quantize import Calibration, Quantizer, random_calibration
 from spec import config as configs
 from spec.errors import InputError
@@ -58,16 +59,19 @@ def compress_model(model, method="dense", *, config=None, calibration=None, vali
     Args:
         model: path of the ONNX file.
         method: method string, recipe file (.yaml), `methods.Recipe`; ``tasder`` searches per layer; ``svd:F``,
-            ``tucker:F`` and ``tt:F`` replace layers by low-rank chains first (`compress.factorize`).
-        config: Config, preset name or file; needed by ``tasder`` only (it gives the supported patterns).
+            ``tucker:F`` and ``tt:F`` replace layers by low-rank chains first (`compress.factorize`); ``basis:M`` and
+            the like make basis layers (`compress.basis`), ``basis-mix`` chooses per layer (`compress.mix`).
+        config: Config, preset name or file; needed by ``tasder`` (it gives the supported patterns) and ``basis-mix``;
+            its basis engine, if any, decides group and intermediate width of basis layers.
         calibration, validation: see `load_samples`. ``tasder`` judges accuracy on the labelled ``validation`` data,
             which must not be the data that the final accuracy is reported on; without it, on labelled calibration data.
         observer, percentile, bias_correction: see `quantize.ranges` and `quantize.Quantizer`.
         permutation: reorder channels first so that the default method keeps more magnitude (exact, see `permute`).
-        seed: of the permutation search.
+        seed: of the permutation search and of the rotations of basis layers.
         goal, search: share of the float accuracy that ``tasder`` keeps; ``layer`` or ``network`` wise.
         progress: called with (step, fraction 0..1).
-    Returns: Network. Raises: InputError.
+    Returns: Network. With basis layers and labelled data its provenance has ``accuracy``: of the float network and of
+    this one, on the validation data, else the calibration data. Raises: InputError.
     """
     chains = factorize.parse(method)
     plan = methods.recipe("dense" if chains else method)
@@ -75,24 +79,32 @@ def compress_model(model, method="dense", *, config=None, calibration=None, vali
     x, labels, source = load_samples(calibration, graph, limit=MAX_SAMPLES)
     plan.check([n.name for n in graph.convolutions])
     if plan.default.searched and config is None:
-        raise InputError("tasder needs a configuration: its patterns are the candidates", field="method")
+        raise InputError("basis-mix needs a configuration: its engines decide" if plan.default.mixed else
+                         "tasder needs a configuration: its patterns are the candidates", field="method")
+    settings = config if config is None or isinstance(config, configs.Config) else configs.load(config)
     provenance = {"source": Path(model).name, "data_is_random": calibration is None}
     if chains:
         graph, provenance["factorization"] = factorize.factorize(graph, chains, x, progress=progress)
+    if permutation and plan.default.basis is not None:
+        raise InputError("must not be asked for with basis methods: rotation takes its place", field="permutation")
     if permutation:
         target = methods.parse("nm:2:4") if not plan.default.patterns else plan.default
         graph, facts = permute.permute(graph, target, rng=np.random.default_rng(seed), progress=progress)
         provenance["permutation"] = facts | {"seed": seed}
     quantizer = Quantizer(graph, Calibration(x=x, source=source), observer=observer, percentile=percentile,
-                          bias_correction=bias_correction, progress=progress)
+                          bias_correction=bias_correction, config=settings, seed=seed, progress=progress)
     if chains:
         return _named_chains(quantizer.network(plan, provenance=provenance), chains)
-    if not plan.default.searched:
-        return quantizer.network(plan, provenance=provenance)
-    settings = config if isinstance(config, configs.Config) else configs.load(config)
-    split = source
-    if validation is not None:
+    split, judged = source, plan.default.searched or any(m.basis for m in (plan.default, *plan.layers.values()))
+    if validation is not None and judged:
         x, labels, split = load_samples(validation, graph)
+    if plan.default.mixed:
+        recipe, facts = mix.search(quantizer, settings, plan.default, fixed=plan.layers, progress=progress)
+        network = _judged(quantizer.network(recipe, provenance=provenance), graph, x, labels, split)
+        facts = network.provenance["method"] | {"method": str(plan.default), "search": facts}
+        return replace(network, provenance=network.provenance | {"method": facts})
+    if not plan.default.searched:
+        return _judged(quantizer.network(plan, provenance=provenance), graph, x, labels, split)
     if labels is None:
         raise InputError("must be given with labels: tasder judges each candidate by accuracy", field="validation data")
     reference = float((graphs.top1(graphs.forward(graph, x)) == labels).mean())
@@ -101,6 +113,16 @@ def compress_model(model, method="dense", *, config=None, calibration=None, vali
     network = quantizer.network(result.recipe, provenance=provenance)
     facts = network.provenance["method"] | {"method": "tasder", "search": result.facts | {"split": split}}
     return replace(network, provenance=network.provenance | {"method": facts})
+
+
+def _judged(network, graph, x, labels, split):
+    """The network; with basis layers its provenance says what they cost, where there are labels."""
+    if labels is None or not any(isinstance(layer, BasisConvolution) for layer in network.layers):
+        return network
+    facts = {"float": float((graphs.top1(graphs.forward(graph, x)) == labels).mean()),
+             "compressed": engine.accuracy(network, x, labels), "split": split, "samples": len(labels),
+             "retrained": False}
+    return replace(network, provenance=network.provenance | {"accuracy": facts})
 
 
 def _named_chains(network, chains):

@@ -1,14 +1,16 @@
 """Method strings, and what a method does to one layer's quantised weights.
 
-`dense`, `nm:2:4`, `tasd:4:8+1:8` (any number of terms, mixed M) and `tasder` (searched, see `compress.tasder`). Views
-are taken along the input channels of one kernel tap, chosen by the magnitude of the float weight; ties take the lowest
+`dense`, `nm:2:4`, `tasd:4:8+1:8` (any number of terms, mixed M), `basis:6@0.1` and the like (ternary coefficients, see
+`compress.basis`), and two that are searched, `tasder` (`compress.tasder`) and `basis-mix` (`compress.mix`). Views are
+taken along the input channels of one kernel tap, chosen by the magnitude of the float weight; ties take the lowest
 channel. Within an output channel all weights share one scale, so this is also the order of the int8 magnitudes.
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
 import numpy as np
 
+from compress import basis as bases
 from compress.network import Term
 from golden import structured
 from spec import strict_yaml
@@ -22,15 +24,21 @@ DENSE = Pattern(1, 1)
 
 @dataclass(frozen=True)
 class Method:
-    """One parsed method. ``patterns`` is empty for ``dense`` and ``tasder``."""
+    """One parsed method. ``patterns`` is empty for ``dense``, ``tasder`` and basis methods, which have ``basis``."""
 
     text: str
     patterns: tuple[Pattern, ...] = ()
+    basis: bases.BasisMethod | None = None
 
     @property
     def searched(self):
-        """Whether `compress.tasder` has to choose."""
-        return self.text == "tasder"
+        """Whether `compress.tasder` or `compress.mix` has to choose."""
+        return self.text == "tasder" or self.mixed
+
+    @property
+    def mixed(self):
+        """Whether it is ``basis-mix``."""
+        return self.basis is not None and self.basis.error is not None
 
     @property
     def block(self):
@@ -53,20 +61,28 @@ def parse(text, *, field="method"):
     0.625
     """
     text = str(text).strip()
+    if (basis := bases.parse(text, field=field)) is not None:
+        return Method(str(basis), basis=basis)
     kind, _, rest = text.partition(":")
     if text in ("dense", "tasder"):
         return Method(text)
     if kind not in ("nm", "tasd") or not rest:
-        near = get_close_matches(kind, ("dense", "nm", "tasd", "tasder", "svd", "tucker", "tt"), n=1)
+        near = get_close_matches(kind, ("dense", "nm", "tasd", "tasder", "svd", "tucker", "tt", *bases.KINDS), n=1)
         hint = f" (did you mean {near[0]}?)" if near and near[0] != kind else ""
-        raise InputError(f"must be dense, nm:N:M, tasd:N:M+N:M…, tasder, svd:F, tucker:F or tt:F{hint}", field=field,
-                         value=text)
+        raise InputError("must be dense, nm:N:M, tasd:N:M+N:M…, tasder, svd:F, tucker:F, tt:F, basis:M or "
+                         f"basis-mix{hint}", field=field, value=text)
     patterns = tuple(Pattern.parse(p, field=field) for p in rest.split("+"))
     if kind == "nm" and len(patterns) != 1:
         raise InputError("nm must have one pattern; a sum is written tasd:N:M+N:M", field=field, value=text)
     if len(patterns) > MAX_TERMS:
         raise InputError(f"must have at most {MAX_TERMS} terms", field=field, value=text)
     return Method(f"{kind}:{'+'.join(map(str, patterns))}", patterns)
+
+
+def basis_method(mixed):
+    """The basis method among whose layers ``basis-mix`` chooses."""
+    basis = replace(mixed.basis, error=None)
+    return Method(str(basis), basis=basis)
 
 
 def series(patterns):
@@ -117,8 +133,10 @@ def load_recipe(path):
         if not isinstance(layers, dict):
             raise InputError("must be a mapping of layer names to methods", field="layers", value=layers)
         for name, text in layers.items():
-            if parse(_text(text, f"layers.{name}"), field=f"layers.{name}").searched:
-                raise InputError("must not be tasder: the search covers the whole network", field=f"layers.{name}")
+            method = parse(_text(text, f"layers.{name}"), field=f"layers.{name}")
+            if method.searched:
+                kind = "basis-mix" if method.mixed else "tasder"
+                raise InputError(f"must not be {kind}: the search covers the whole network", field=f"layers.{name}")
         if "method" not in tree:
             raise InputError("must be given", field="method")
         return Recipe(default=parse(_text(tree["method"], "method")), layers={n: parse(t) for n, t in layers.items()})

@@ -7,14 +7,18 @@ for each array. The manifest is JSON:
   no spaces) of the manifest without ``digest``; as ``arrays`` holds the sha256 of every member, it covers everything.
 - ``arrays``: by member name its ``dtype``, ``shape`` and ``sha256`` (of the .npy file's bytes).
 - ``network``: ``name``, ``input``, ``output``, ``tensors`` (a list), ``layers`` (a list in execution order, with
-  ``kind`` ``convolution``, ``pool`` or ``add``; fields as in `compress.network`, arrays by member name), and
+  ``kind`` ``convolution``, ``basis``, ``pool`` or ``add``; fields as in `compress.network`, arrays by member name), and
   ``provenance``.
 
 A term of a convolution is ``pattern`` and ``values`` (int8 [outputs, kernel_h, kernel_w, channels / groups]), or,
 packed as the hardware reads it, ``pattern``, ``channels``, ``slots`` and ``index`` (see `compress.packing`).
 
+A basis layer has ``basis`` (int8 [M, kernel_h, kernel_w]), ``coefficients`` (``shape`` [outputs, channels, M] and
+``codes``, see `compress.packing.pack_ternary`), ``intermediate_bits``, and ``pattern`` (text) or null.
+
 Two saves of one network are byte-identical. There is no pickle, and no path is taken from the file.
 """
+from collections.abc import Callable
 from contextlib import suppress
 from hashlib import sha256
 import io
@@ -25,12 +29,13 @@ from pathlib import Path
 import re
 from secrets import token_hex
 import struct
+from typing import NamedTuple
 import zipfile
 
 import numpy as np
 
 from compress import arrays, packing, validate
-from compress.network import Add, Convolution, Network, Pool, Requantization, Tensor, Term
+from compress.network import Add, BasisConvolution, Convolution, Network, Pool, Requantization, Tensor, Term
 from spec.config import Pattern
 from spec.errors import InputError
 from spec.strict_yaml import read_regular_file
@@ -43,7 +48,7 @@ MAX_MEMBERS = 4096
 _MEMBER = re.compile(r"[a-z0-9_.]{1,60}\.npy", re.ASCII)
 #: dtype of each kind of array.
 _TYPES = {"bias": "<i4", "multiplier": "<u2", "shift": "|u1", "weight_scale": "<f8", "values": "|i1", "slots": "|i1",
-          "index": "|u1"}
+          "index": "|u1", "basis": "|i1", "codes": "|u1"}
 _END = struct.Struct("<4s4H2LH")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -138,6 +143,16 @@ def _layer_tree(layer, member, packed):
             "stride": list(layer.stride), "pads": list(layer.pads), "dilation": list(layer.dilation),
             "groups": layer.groups, "format": layer.format, "metrics": layer.metrics,
             "weight_scale": None if scale is None else member("weight_scale", scale)}
+    if isinstance(layer, BasisConvolution):
+        scale, pattern = layer.weight_scale, layer.pattern
+        return tree | {
+            "kind": "basis", "basis": member("basis", layer.basis),
+            "coefficients": {"shape": list(layer.coefficients.shape),
+                             "codes": member("codes", packing.pack_ternary(layer.coefficients))},
+            "intermediate_bits": layer.intermediate_bits, "pattern": None if pattern is None else str(pattern),
+            "stride": list(layer.stride), "pads": list(layer.pads), "dilation": list(layer.dilation),
+            "format": layer.format, "metrics": layer.metrics,
+            "weight_scale": None if scale is None else member("weight_scale", scale)}
     if isinstance(layer, Pool):
         return tree | {"kind": "pool", "pool": layer.kind, "window": list(layer.window), "stride": list(layer.stride),
                        "pads": list(layer.pads)}
@@ -196,10 +211,10 @@ def unpack(data):
             raise InputError(f"must have type {_TYPES[kind]}", field=where, value=dtype.str)
         return np.broadcast_to(np.zeros((), dtype), shape)              # a shape without memory
 
-    def outline(slots, index, channels, pattern, where):
-        shape = packing.check_shapes(slots, index, channels, pattern, where)
-        return np.broadcast_to(np.zeros((), np.int8), shape)
+    def outlined(check):
+        return lambda *args: np.broadcast_to(np.zeros((), np.int8), check(*args))
 
+    outline = _Expand(outlined(packing.check_shapes), outlined(packing.check_ternary))
     validate.structure(_network(manifest["network"], placeholder, outline))
     if unused := sorted(promised.keys() - set(used)):
         raise InputError("must be used by a layer", field=f"arrays.{unused[0]}")
@@ -208,7 +223,8 @@ def unpack(data):
         if sha256(members[name]).hexdigest() != entry["sha256"]:
             raise InputError("must have the sha256 that the manifest gives", field=f"arrays.{name}")
         loaded[name] = arrays.read_npy(members[name], where=f"arrays.{name}", types=tuple(_TYPES.values()))
-    network = _network(manifest["network"], lambda name, kind, where: loaded[name], packing.unpack_term)
+    network = _network(manifest["network"], lambda name, kind, where: loaded[name],
+                       _Expand(packing.unpack_term, packing.unpack_ternary))
     validate.contents(network)
     return network
 
@@ -306,9 +322,16 @@ def _text(value, where, *, optional=False):
     return value
 
 
+class _Expand(NamedTuple):
+    """What becomes of packed arrays: their values, or, as long as only the structure counts, their shapes."""
+
+    term: Callable              # as packing.unpack_term
+    ternary: Callable           # as packing.unpack_ternary
+
+
 def _network(tree, array, expand):
-    """Network of a manifest tree; ``array(member, kind, where)`` gives its arrays, ``expand`` (as
-    `packing.unpack_term`) the values of packed terms. Types are checked here, values by `compress.validate`."""
+    """Network of a manifest tree; ``array(member, kind, where)`` gives its arrays, ``expand`` (`_Expand`) the values of
+    packed ones. Types are checked here, values by `compress.validate`."""
     tree = _object(tree, ("name", "input", "output", "tensors", "layers", "provenance"), "network")
     tensors = {}
     for n, item in enumerate(_list(tree["tensors"], "network.tensors")):
@@ -330,6 +353,8 @@ def _network(tree, array, expand):
 
 _COMMON = ("kind", "name", "input", "output", "residual", "requantization")
 _FIELDS = {"convolution": ("terms", "stride", "pads", "dilation", "groups", "format", "metrics", "weight_scale"),
+           "basis": ("basis", "coefficients", "intermediate_bits", "pattern", "stride", "pads", "dilation", "format",
+                     "metrics", "weight_scale"),
            "pool": ("pool", "window", "stride", "pads"), "add": ()}
 _NUMBERS = ("zero_point", "low", "high", "residual_zero_point", "residual_multiplier")
 
@@ -344,13 +369,13 @@ def _term(term, at, array, expand):
     if "values" in term:
         return Term(pattern=pattern, values=array(term["values"], "values", f"{at}.values"))
     slots, index = (array(term[p], p, f"{at}.{p}") for p in ("slots", "index"))
-    return Term(pattern=pattern, values=expand(slots, index, term["channels"], pattern, at))
+    return Term(pattern=pattern, values=expand.term(slots, index, term["channels"], pattern, at))
 
 
 def _layer(item, where, array, expand):
     kind = _object(item, None, where).get("kind")
     if not isinstance(kind, str) or kind not in _FIELDS:
-        raise InputError("must be convolution, pool or add", field=f"{where}.kind", value=kind)
+        raise InputError("must be convolution, basis, pool or add", field=f"{where}.kind", value=kind)
     _object(item, (*_COMMON, *_FIELDS[kind]), where)
     r = _object(item["requantization"], ("bias", "multiplier", "shift", *_NUMBERS), f"{where}.requantization")
     shared = {
@@ -366,6 +391,8 @@ def _layer(item, where, array, expand):
         return Add(**shared)
     if kind == "pool":
         return Pool(kind=_text(item["pool"], f"{where}.pool"), **sizes, **shared)
+    if kind == "basis":
+        return _basis_layer(item, where, array, expand, shared | sizes)
     terms = []
     for n, term in enumerate(_list(item["terms"], f"{where}.terms")):
         terms.append(_term(term, f"{where}.terms[{n}]", array, expand))
@@ -376,3 +403,18 @@ def _layer(item, where, array, expand):
                        weight_scale=None if scale is None else array(scale, "weight_scale", f"{where}.weight_scale"),
                        format=_text(item["format"], f"{where}.format"),
                        metrics=_object(item["metrics"], None, f"{where}.metrics"))
+
+
+def _basis_layer(item, where, array, expand, shared):
+    at = f"{where}.coefficients"
+    held = _object(item["coefficients"], ("shape", "codes"), at)
+    codes = array(held["codes"], "codes", f"{at}.codes")
+    pattern, scale = item["pattern"], item["weight_scale"]
+    if pattern is not None:
+        pattern = Pattern.parse(_text(pattern, f"{where}.pattern"), field=f"{where}.pattern")
+    return BasisConvolution(
+        **shared, basis=array(item["basis"], "basis", f"{where}.basis"),
+        coefficients=expand.ternary(codes, _list(held["shape"], f"{at}.shape"), at),
+        intermediate_bits=item["intermediate_bits"], pattern=pattern,
+        weight_scale=None if scale is None else array(scale, "weight_scale", f"{where}.weight_scale"),
+        format=_text(item["format"], f"{where}.format"), metrics=_object(item["metrics"], None, f"{where}.metrics"))

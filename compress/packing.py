@@ -1,4 +1,4 @@
-"""Packed terms: what a package stores of a sparse term when asked to, slot by slot as the hardware reads it.
+"""Packed arrays: sparse terms, slot by slot as the hardware reads them (when asked to), and ternary coefficients.
 
 A term N:M with values [outputs, kernel_h, kernel_w, channels] is cut into blocks of M consecutive channels (the last
 one of a tap padded with zeros). Each block has N slots. Its non-zeros fill the slots in rising channel order; slots
@@ -7,6 +7,8 @@ left over hold value 0, index 0. Two arrays:
 - ``slots`` int8 [outputs, kernel_h, kernel_w, blocks, N]: the values;
 - ``index`` uint8 [bytes]: for each slot, in the same order, the place in its block in ceil(log2 M) bits, lowest bit
   first, the whole bit string cut into bytes from their lowest bit on and padded with zeros.
+
+Ternary coefficients of basis layers are always packed, two bits each: see `pack_ternary`.
 
 Every term has exactly one packed form. A weight tile (docs/numerics.md) is a choice of these slots: `lowering` only
 reorders them for the columns of a configuration.
@@ -94,3 +96,49 @@ def unpack_term(slots, index, channels, pattern, where="term"):
         at, value = places[..., n:n + 1], slots[..., n:n + 1]
         np.put_along_axis(dense, at, np.take_along_axis(dense, at, axis=-1) + value, axis=-1)
     return np.ascontiguousarray(dense.reshape(*shape[:3], -1)[..., :channels])
+
+
+#: Most coefficients of one layer.
+MAX_TERNARY = 1 << 26
+
+
+def pack_ternary(coefficients):
+    """Codes of ternary coefficients [K, C, M]: uint8 [ceil(K C M / 4)].
+
+    Four to a byte from its lowest bits on, in the order of the array: -1, 0, 1 as two's complement of two bits (3, 0,
+    1); zeros fill the last byte. Every tensor has exactly one packed form.
+
+    >>> pack_ternary(np.array([[[1], [0], [-1], [0], [-1]]], np.int8)).tobytes().hex(" ")
+    '31 03'
+    """
+    codes = np.zeros(ceil_div(coefficients.size, 4) * 4, np.uint8)
+    codes[:coefficients.size] = coefficients.reshape(-1).view(np.uint8) & 3
+    return (codes.reshape(-1, 4) << np.array([0, 2, 4, 6], np.uint8)).sum(axis=1).astype(np.uint8)
+
+
+def check_ternary(codes, shape, where="coefficients"):
+    """(K, C, M) of packed coefficients, from shapes alone.
+
+    Raises: InputError unless ``shape`` is three sizes of at most 65536 and 2**26 elements that ``codes`` holds.
+    """
+    good = len(shape) == 3 and all(type(d) is int and 1 <= d <= 1 << 16 for d in shape)
+    if not good or math.prod(shape) > MAX_TERNARY:
+        raise InputError(f"must be [outputs, channels, M], at most {MAX_TERNARY} elements", field=f"{where}.shape",
+                         value=shape)
+    count = ceil_div(math.prod(shape), 4)
+    if codes.shape != (count,):
+        raise InputError(f"must be [{count}]", field=f"{where}.codes", value=codes.shape)
+    return tuple(shape)
+
+
+def unpack_ternary(codes, shape, where="coefficients"):
+    """int8 [K, C, M] of packed coefficients.
+
+    Raises: InputError as `check_ternary`, for the code 2, or filling bits that are not zero.
+    """
+    shape = check_ternary(codes, shape, where)
+    total = math.prod(shape)
+    values = (codes[:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3).reshape(-1)
+    if (values == 2).any() or values[total:].any():
+        raise InputError("must hold codes 0, 1 and 3, and zeros behind the last", field=f"{where}.codes")
+    return np.array([0, 1, 0, -1], np.int8)[values[:total]].reshape(shape)

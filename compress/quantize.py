@@ -8,10 +8,11 @@ from importlib.metadata import version
 
 import numpy as np
 
+from compress import basis as bases
 from compress import graph as graphs
 from compress import methods
 from compress.graph import Conv, Pool
-from compress.network import Add, Convolution, Network, Requantization, Tensor
+from compress.network import Add, BasisConvolution, Convolution, Network, Requantization, Tensor
 from compress.network import Pool as PoolLayer
 from golden import convolution, requantize
 from spec.errors import InputError
@@ -156,11 +157,15 @@ class Quantizer:
         graph: the float network. calibration: Calibration. observer, percentile: see `ranges`.
         bias_correction: add the mean that the dropped weights contributed on the calibration samples,
             ``mean((W - W*) X)`` per output channel, to the bias; costs nothing in hardware, 0 where nothing is dropped.
+            Scales of basis layers are corrected likewise.
+        config: Config or None; its basis engine, if any, decides group and intermediate width of basis layers.
+        seed: of the random rotations of basis layers.
         progress: called with (step name, fraction).
     """
 
-    def __init__(self, graph, calibration, *, observer="minmax", percentile=99.99, bias_correction=True,
-                 progress=None):
+    def __init__(self, graph, calibration, *, observer="minmax", percentile=99.99, bias_correction=True, config=None,
+                 seed=0, progress=None):
+        self.config, self.seed = config, seed
         self.graph, self.calibration, self.bias_correction = graph, calibration, bias_correction
         self.settings = {"observer": observer} | ({"percentile": percentile} if observer == "percentile" else {})
         tell = (lambda f: progress("calibrate", f)) if progress else None
@@ -225,7 +230,14 @@ class Quantizer:
     def effective_method(self, node, recipe):
         """(method after exceptions, reason why the layer stays dense or None)."""
         method, named = recipe.method(node.name)
-        reason = None if named else methods.kept_dense(node, method)
+        if method.basis is not None:
+            shape = self.graph.shapes[node.input]
+            if named and (reason := bases.impossible(node, shape)):
+                raise InputError(f"must not be a basis method: the layer is {reason}", field=f"layers.{node.name}",
+                                 value=str(method))
+            reason = None if named else bases.kept_dense(node, shape)
+        else:
+            reason = None if named else methods.kept_dense(node, method)
         return (methods.parse("dense") if reason else method), reason
 
     def layer(self, node, method, reason=None):
@@ -234,8 +246,64 @@ class Quantizer:
             return self._channelwise(node)
         key = (node.name, str(method), reason)
         if key not in self._layers:
-            self._layers[key] = self._convolution(node, method, reason)
+            if method.basis is not None:
+                self._layers[key] = self._basis_convolution(node, method)
+            else:
+                self._layers[key] = self._convolution(node, method, reason)
         return self._layers[key]
+
+    def _basis_convolution(self, node, method):
+        """The layer by basis kernels; dense, with the reason, where its scales or sums would leave their formats."""
+        if not np.any(node.weights):
+            return self._convolution(node, methods.parse("dense"), "all weights are zero")
+        plan = bases.plan(method.basis, self.config)
+        number = [n.name for n in self.graph.convolutions].index(node.name)
+        decomposition, metrics = bases.fit(node.weights, plan, rng=np.random.default_rng([self.seed, number]))
+        source, output = self.tensors[node.input], self.tensors[node.output]
+        # an output whose bias is that large has weights that do not count
+        least = np.abs(node.bias.astype(np.float64)) / (source.scale * _LARGEST_BIAS)
+        scale = decomposition.alpha * decomposition.scale
+        values, dense_scale = self.weights[node.name]
+        dense = values * dense_scale[:, None, None, None]
+        if self.bias_correction:
+            scale = scale * self._slope(node, dense, decomposition.integer_kernel() * scale[:, None, None, None])
+        coefficients = np.where((scale < least)[:, None, None], 0, decomposition.coefficients).astype(np.int8)
+        scale = np.maximum(scale, least)
+        ratio, bits = source.scale * scale / output.scale, plan.intermediate_bits
+        if ratio.max() >= _LARGEST_RATIO:
+            return self._convolution(node, methods.parse("dense"), "scales of the basis layer do not fit")
+        if bases.largest_accumulator(decomposition.basis, coefficients, source.zero_point, bits) >= 1 << 31:
+            return self._convolution(node, methods.parse("dense"), "could leave the 32-bit accumulator")
+        kernel = decomposition.with_coefficients(coefficients).integer_kernel()
+        error, shift = self._lost(node, dense, kernel * scale[:, None, None, None])
+        # sums are over q - zero_point, so no zero point is folded in
+        bias = np.clip(np.round((node.bias + shift) / (source.scale * scale)), -_LARGEST_BIAS, _LARGEST_BIAS)
+        x = np.clip(np.round(self._samples[node.input] / source.scale) + source.zero_point, -128, 127).astype(np.int8)
+        seen = bases.saturation(coefficients, x, source.zero_point, bits)
+        metrics = metrics | {
+            "output_error": error, "nonzeros": int(np.count_nonzero(coefficients)),
+            "density": int(np.count_nonzero(coefficients)) / coefficients.size,
+            "saturations": seen.saturations, "intermediates_checked": seen.elements,
+            "exact_intermediate_bits": seen.exact_bits, "retrained": False,
+        } | bases.storage_metrics(decomposition.basis, coefficients, plan.sizes, pattern=plan.pattern)
+        if plan.pattern is not None:
+            metrics["pattern_density"] = plan.pattern.density
+        wanted = plan.pattern if plan.pattern is not None else f"{plan.density:g}"
+        return BasisConvolution(
+            name=node.name, input=node.input, output=node.output, residual=node.residual, basis=decomposition.basis,
+            coefficients=coefficients, intermediate_bits=bits, pattern=plan.pattern, stride=node.stride,
+            pads=node.pads, dilation=node.dilation, weight_scale=scale,
+            format=f"basis:{len(decomposition.basis)}@{wanted}", metrics=metrics,
+            requantization=self._requantization(node, bias.astype(np.int64), ratio))
+
+    def _slope(self, node, dense, kept):
+        """Slope [K] of the outputs of kernel ``dense`` over those of ``kept`` about their means, in 0.5..2; 1 where the
+        latter do not vary."""
+        shape = {"stride": node.stride, "pads": node.pads, "dilation": node.dilation, "groups": node.groups}
+        y, z = (graphs.convolve(self._samples[node.input], w, **shape).reshape(-1, len(w)) for w in (dense, kept))
+        y, z = (v - v.mean(axis=0, dtype=np.float64) for v in (y, z))
+        spread = (z * z).sum(axis=0)
+        return np.clip(np.divide((y * z).sum(axis=0), spread, out=np.ones(len(spread)), where=spread > 0), 0.5, 2)
 
     def _convolution(self, node, method, reason):
         values, scale = self.weights[node.name]
@@ -265,12 +333,16 @@ class Quantizer:
         the float inputs on calibration samples."""
         if np.array_equal(values, kept):
             return 0.0, np.zeros(len(scale))
+        real = scale[:, None, None, None]
+        return self._lost(node, values * real, kept * real)
+
+    def _lost(self, node, dense, kept):
+        """As `_dropped`, of real kernels [K, R, S, C / groups]."""
         x, shape = self._samples[node.input], {"stride": node.stride, "pads": node.pads, "dilation": node.dilation,
                                                "groups": node.groups}
-        real = scale[:, None, None, None]
         if node.name not in self._norms:
-            self._norms[node.name] = float(np.linalg.norm(graphs.convolve(x, values * real, **shape)))
-        lost = graphs.convolve(x, (values - kept) * real, **shape)
+            self._norms[node.name] = float(np.linalg.norm(graphs.convolve(x, dense, **shape)))
+        lost = graphs.convolve(x, dense - kept, **shape)
         norm = self._norms[node.name]
         error = float(np.linalg.norm(lost)) / norm if norm else 0.0
         return error, lost.mean(axis=(0, 1, 2), dtype=np.float64) * bool(self.bias_correction)
@@ -307,10 +379,11 @@ class Quantizer:
 
 
 def quantize(graph, calibration, method="dense", *, observer="minmax", percentile=99.99, bias_correction=True,
-             provenance=None, progress=None):
-    """Quantise ``graph`` under a method string, recipe or recipe file (not ``tasder``); see `Quantizer`."""
+             config=None, seed=0, provenance=None, progress=None):
+    """Quantise ``graph`` under a method string, recipe or recipe file (none that is searched); see `Quantizer`."""
     plan = methods.recipe(method)
     if plan.default.searched:
-        raise InputError("tasder must be searched: use compress.tasder or compress.flow", field="method")
+        kind = "basis-mix" if plan.default.mixed else "tasder"
+        raise InputError(f"{kind} must be searched: use compress.flow", field="method")
     return Quantizer(graph, calibration, observer=observer, percentile=percentile, bias_correction=bias_correction,
-                     progress=progress).network(plan, provenance=provenance)
+                     config=config, seed=seed, progress=progress).network(plan, provenance=provenance)

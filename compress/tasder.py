@@ -42,6 +42,8 @@ def candidates(config):
     """Series that a configuration can run, densest last: every total N < M that is a sum of supported N, with the
     fewest terms, at most ``config.structured.terms`` of them (same-M terms equal the view of their sum)."""
     array = config.structured
+    if array is None:
+        raise InputError("must be there for a search of series", field="structured", value="none")
     found = []
     for total in range(1, array.block):
         chosen = cost.parts(total, [p.n for p in array.patterns if p.n < array.block])

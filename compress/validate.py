@@ -7,9 +7,11 @@ import re
 
 import numpy as np
 
+from compress import basis as bases
 from compress.graph import output_size
-from compress.network import Add, Convolution, Pool
+from compress.network import Add, BasisConvolution, Convolution, Pool
 from golden import structured
+from spec.config import Pattern
 from spec.errors import InputError
 
 MAX_LAYERS = 65536
@@ -21,6 +23,11 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]{0,63}", re.ASCII)
 #: Formats a layer may name; the patterns themselves are in the terms. A stage of a chain is dense in itself.
 FORMAT = re.compile(r"dense|nm:\d{1,2}:\d{1,2}|tasd:\d{1,2}:\d{1,2}(\+\d{1,2}:\d{1,2}){0,7}"
                     r"|(svd|tucker|tt):\d{1,4}(\.\d{1,6})?", re.ASCII)
+#: Formats of a basis layer: M and the density or pattern, as far as they are known.
+BASIS_FORMAT = re.compile(r"basis(:(\d{1,4})(@(\d{1,2}:\d{1,2})|@[01](\.\d{1,12})?|@[1-9](\.\d{1,12})?e-\d{1,2})?)?",
+                          re.ASCII)
+#: Widths at which the intermediate of a basis layer may saturate.
+INTERMEDIATE_BITS = (8, 32)
 
 
 def integer(value, lo, hi, field):
@@ -98,6 +105,8 @@ def _layer(net, layer, where):
     source, output = net.tensors[layer.input], net.tensors[layer.output]
     if isinstance(layer, Convolution):
         shape = _convolution(layer, source, where)
+    elif isinstance(layer, BasisConvolution):
+        shape = _basis_convolution(layer, source, where)
     elif isinstance(layer, Pool):
         if layer.kind not in ("max", "average"):
             raise InputError("must be max or average", field=f"{where} kind", value=layer.kind)
@@ -110,7 +119,8 @@ def _layer(net, layer, where):
             raise InputError("must be given for an addition", field=f"{where} residual")
         shape = source.shape
     else:
-        raise InputError("must be a convolution, a pool or an addition", field=where, value=type(layer).__name__)
+        raise InputError("must be a convolution, a basis convolution, a pool or an addition", field=where,
+                         value=type(layer).__name__)
     _same(f"{where} output", output.shape, shape, "the shape that its input and window give")
     r = layer.requantization
     for part, dtype in (("bias", np.int32), ("multiplier", np.uint16), ("shift", np.uint8)):
@@ -160,6 +170,50 @@ def _convolution(layer, source, where):
     return (*_window(layer, source, kernel, layer.dilation, where), outputs)
 
 
+def _basis_convolution(layer, source, where):
+    shape, (outputs, depth, count) = _basis_shapes(layer, where)
+    _same(f"{where} coefficients", depth, source.channels, "the input's channels")
+    written = BASIS_FORMAT.fullmatch(layer.format) if isinstance(layer.format, str) else None
+    if written is None:
+        raise InputError("must be basis, basis:M, basis:M@density or basis:M@N:G", field=f"{where} format",
+                         value=layer.format)
+    if written[2] is not None:
+        _same(f"{where} format", int(written[2]), count, "the number of its basis kernels")
+    pattern = layer.pattern
+    if pattern is not None:
+        good = isinstance(pattern, Pattern) and all(type(v) is int for v in pattern)
+        if not good or not 1 <= pattern.n <= pattern.m <= 64:
+            raise InputError("must be an N:M pattern with 1 <= N <= M <= 64, or none", field=f"{where} pattern",
+                             value=pattern)
+    if written[3] is not None:
+        own = pattern and str(pattern)
+        if (written[4] or None) != own:
+            raise InputError("must name the pattern of its coefficients", field=f"{where} format", value=layer.format)
+    integer(layer.intermediate_bits, *INTERMEDIATE_BITS, f"{where} intermediate_bits")
+    _integers(layer.dilation, 2, 1, MAX_KERNEL, f"{where} dilation")
+    if layer.weight_scale is not None:
+        _array(layer.weight_scale, np.float64, (outputs,), f"{where} weight_scale")
+    return (*_window(layer, source, shape[1:], layer.dilation, where), outputs)
+
+
+def _basis_shapes(layer, where):
+    """Shapes of basis [M, R, S] and coefficients [K, C, M], of legal size and int8."""
+    found = []
+    for part, ndim, meaning in (("basis", 3, "[M, kernel_h, kernel_w]"),
+                                ("coefficients", 3, "[outputs, channels, M]")):
+        array = getattr(layer, part)
+        shape = array.shape if isinstance(array, np.ndarray) else ()
+        if len(shape) != ndim or not all(1 <= d <= MAX_DIM for d in shape) or math.prod(shape) > MAX_ELEMENTS:
+            raise InputError(f"must be {meaning} of legal size", field=f"{where} {part}", value=shape)
+        _array(array, np.int8, shape, f"{where} {part}")
+        found.append(shape)
+    basis, coefficients = found
+    if max(basis[1:]) > MAX_KERNEL:
+        raise InputError(f"must be at most {MAX_KERNEL} x {MAX_KERNEL}", field=f"{where} basis", value=basis)
+    _same(f"{where} coefficients", coefficients[2], basis[0], "the number of basis kernels")
+    return basis, coefficients
+
+
 def _window(layer, source, kernel, dilation, where):
     _integers(layer.stride, 2, 1, MAX_DIM, f"{where} stride")
     _integers(layer.pads, 4, 0, MAX_KERNEL, f"{where} pads")
@@ -191,13 +245,27 @@ def contents(net):
         r = layer.requantization
         if int(r.shift.max()) > 31:
             raise InputError("must be in 0..31", field=f"{where} shift", value=int(r.shift.max()))
-        if not isinstance(layer, Convolution):
+        if not isinstance(layer, (Convolution, BasisConvolution)):
             continue
         if layer.weight_scale is not None and not (np.isfinite(layer.weight_scale) & (layer.weight_scale > 0)).all():
             raise InputError("must be finite and above 0", field=f"{where} weight_scale")
+        if isinstance(layer, BasisConvolution):
+            _basis_contents(layer, net.tensors[layer.input].zero_point, where)
+            continue
         for t in layer.terms:
             if not t.dense and not structured.fits(t.values, t.pattern):
                 raise InputError(f"must have at most {t.pattern.n} non-zeros in each block of {t.pattern.m} channels",
                                  field=f"{where} values")
         if int(np.abs(layer.effective_weights().astype(np.int64)).sum(axis=(1, 2, 3)).max()) * 128 >= 1 << 31:
             raise InputError("must not be able to leave a 32-bit accumulator", field=f"{where} values")
+
+
+def _basis_contents(layer, zero_point, where):
+    if layer.coefficients.min() < -1 or layer.coefficients.max() > 1:
+        raise InputError("must be -1, 0 or 1", field=f"{where} coefficients")
+    p = layer.pattern
+    if p is not None and not structured.fits(layer.coefficients, p, axis=1):
+        raise InputError(f"must have at most {p.n} non-zeros in each block of {p.m} channels",
+                         field=f"{where} coefficients")
+    if bases.largest_accumulator(layer.basis, layer.coefficients, zero_point, layer.intermediate_bits) >= 1 << 31:
+        raise InputError("must not be able to leave a 32-bit accumulator", field=f"{where} basis")

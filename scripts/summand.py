@@ -147,7 +147,7 @@ def rtl(args):
 def compress(args):
     """A package: the compressed network."""
     from compress import flow, package
-    from compress.network import Convolution
+    from compress.network import BasisConvolution, Convolution
 
     config = configs.load(args.config) if args.config else None
     with progress_bar() as progress:
@@ -165,7 +165,7 @@ def compress(args):
     digest = package.save(network, args.out, packed=args.packed)
     rows = []
     for layer in network.layers:
-        if isinstance(layer, Convolution):
+        if isinstance(layer, (Convolution, BasisConvolution)):
             m = layer.metrics
             rows.append(
                 (
@@ -184,9 +184,43 @@ def compress(args):
         ("layer", "format", "density", "pattern", "dropped |w|", "output error", "bits", "dense bits"),
         rows,
     )
+    _tell_basis(network)
     if args.calibration is None:
         print("calibrated with seeded random data: give --calibration for real ranges")
     return GOOD
+
+
+def _tell_basis(network):
+    """What basis layers cost, in plain words."""
+    from compress.network import BasisConvolution
+
+    layers = [layer for layer in network.layers if isinstance(layer, BasisConvolution)]
+    if not layers:
+        return
+    table(
+        "basis layers",
+        ("layer", "M", "energy of M", "ternary", "imbalance", "saturations", "IR bits", "x values", "x maps",
+         "x series", "x entropy"),
+        [
+            (
+                layer.name,
+                len(layer.basis),
+                *(_number(layer.metrics.get(key), "{:.3f}") for key in ("energy", "energy_ternary", "imbalance")),
+                _number(layer.metrics.get("saturations")),
+                f"{layer.metrics.get('exact_intermediate_bits', '-')}/{layer.intermediate_bits}",
+                *(_number(layer.metrics.get(f"compression_{key}"), "{:.1f}")
+                  for key in ("values", "maps", "series", "entropy")),
+            )
+            for layer in layers
+        ],
+    )
+    print("ternary coefficients were not retrained, which costs much accuracy", end="")
+    facts = network.provenance.get("accuracy")
+    if facts is None:
+        print("; give labelled --calibration or --validation data to see how much")
+    else:
+        print(f": float {100 * facts['float']:.2f} %, compressed {100 * facts['compressed']:.2f} % "
+              f"({facts['samples']} samples, {facts['split']})")
 
 
 def run(args):
@@ -510,9 +544,10 @@ def parser():
     sub.add_argument("model", metavar="MODEL", help="ONNX file")
     sub.add_argument(
         "--method", required=True, metavar="M",
-        help="dense, nm:2:4, tasd:4:8+1:8, tasder, svd:F, tucker:F, tt:F, or a recipe file",
+        help="dense, nm:2:4, tasd:4:8+1:8, tasder, svd:F, tucker:F, tt:F, basis:M or basis:eENERGY with options "
+        "@DENSITY or @N:G and @rROTATIONS, basis-mix (the same, and @xERROR), or a recipe file",
     )
-    sub.add_argument("--config", metavar="CONFIG", help="configuration whose patterns tasder searches")
+    sub.add_argument("--config", metavar="CONFIG", help="configuration: patterns for tasder, engines for basis methods")
     sub.add_argument("--calibration", metavar="F", help=data)
     sub.add_argument("--validation", metavar="F", help="labelled data by which tasder judges accuracy")
     sub.add_argument(

@@ -90,3 +90,83 @@ def test_counts_equal_the_steps_of_lowered_programs(method):
         series = [t.pattern for t in layers[node.name].terms if not t.dense]
         groups = -(-layers[node.name].outputs // NM256.structured.columns)
         assert cost.layer_cycles(node, (1, 1, 1), series, NM256) == groups * steps[node.name], node.name
+
+
+# -- basis engine ------------------------------------------------------------------------------------------------------
+def ones(outputs, channels, count, per_group=1, group=16):
+    """Coefficients with so many non-zeros in each channel group."""
+    ce = np.zeros((outputs, channels, count), np.int8)
+    for at in range(0, channels, group):
+        ce[:, at:at + per_group] = 1
+    return ce
+
+
+def same(outputs, depth, kernel=(3, 3), **geometry):
+    return replace(conv(outputs, kernel, depth), **({"pads": (1, 1, 1, 1)} | geometry))
+
+
+def test_basis_passes_of_one_strip():
+    """8 x 8 pixels: 22 of 24 pairs of output and kernel row are valid, 8 columns each; 4 groups at 4:16 are 1 word."""
+    config = configs.load("basis288")
+
+    def cycles(outputs, depth, count, per_group):
+        shapes = (8, 8, depth), (8, 8, outputs)
+        return cost.basis_cycles(same(outputs, depth), *shapes, ones(outputs, depth, count, per_group), config)
+
+    assert cycles(16, 64, 6, 4) == 176
+    assert cycles(17, 64, 6, 4) == 2 * 176 and cycles(16, 64, 7, 4) == 2 * 176
+    assert cycles(16, 64, 6, 16) == 4 * 64, "16:16 takes one word per group: the coefficient stage is slower"
+    assert cycles(16, 512, 6, 2) == 4 * 64 and cycles(16, 512, 6, 3) == 6 * 64, "3 = 2 + 1: 4 + 2 words"
+
+
+def test_basis_strips_see_rows_twice():
+    """16 x 64 pixels, 128 per bank: 8 strips of 2 rows see 4 input rows each, the first and last 3."""
+    config = configs.load("basis288")
+    cycles = cost.basis_cycles(same(16, 64), (16, 64, 64), (16, 64, 16), ones(16, 64, 6, 16), config)
+    assert cycles == 4 * 64 * (6 * 4 + 2 * 3)
+    wide = cost.basis_cycles(same(16, 16, (1, 3), pads=(0, 1, 0, 1)), (1, 200, 16), (1, 200, 16), ones(16, 16, 6, 16),
+                             config)
+    assert wide == max(128, 129) + max(72, 73), "parts of one row overlap by the kernel's reach"
+
+
+def test_basis_strides_dilation_and_wide_kernels():
+    config = configs.load("basis288")
+    strided = cost.basis_cycles(same(16, 16, stride=(2, 2)), (8, 8, 16), (4, 4, 16), ones(16, 16, 6), config)
+    assert strided == max(11 * 4, 8 * 8)
+    five = cost.basis_cycles(same(16, 16, (5, 5), pads=(2, 2, 2, 2)), (8, 8, 16), (8, 8, 16), ones(16, 16, 6), config)
+    assert five == 2 * (5 * 8 - 6) * 8, "5 taps of a row take 2 cycles of 3 multipliers"
+
+
+def test_map_words_wait_for_the_slice_with_the_most():
+    config = configs.load("maps288")                       # words of 8 groups, 16 lanes
+    ce = np.zeros((16, 256, 6), np.int8)
+    ce[3, :40, 2] = 1                                      # first word: 40 non-zeros in one slice, 3 cycles
+    node, shapes = same(16, 256, (1, 1), pads=(0, 0, 0, 0)), ((4, 4, 256), (4, 4, 16))
+    assert cost.basis_cycles(node, *shapes, ce, config) == 16 * (3 + 1)
+    assert cost.basis_cycles(node, *shapes, ce, config, active=0.5) == 16 * (2 + 1)
+
+
+def test_dense_layers_on_the_basis_engine():
+    config = configs.load("basis288")
+    pointwise = same(17, 40, (1, 1), pads=(0, 0, 0, 0))
+    assert cost.basis_dense_cycles(pointwise, (4, 4, 40), (4, 4, 17), config) == 2 * 16 * 3
+    assert cost.basis_dense_cycles(same(16, 3), (8, 8, 3), (8, 8, 16), config) == 176
+    assert cost.basis_dense_cycles(same(16, 20), (8, 8, 20), (8, 8, 16), config) == (3 + 1) * 176
+    assert cost.basis_dense_cycles(same(14, 14), (8, 8, 14), (8, 8, 14), configs.load("basis252")) == 3 * 176
+
+
+def test_what_the_basis_engine_takes():
+    config = configs.load("basis288")
+    assert cost.basis_runs(same(16, 16), config) and cost.basis_runs(same(16, 16, (8, 7)), config)
+    for geometry in ({"stride": (3, 1)}, {"dilation": (8, 1)}, {"dilation": (1, 4)}, {"pads": (16, 0, 0, 0)}):
+        assert not cost.basis_runs(same(16, 16, **geometry), config)
+    assert not cost.basis_runs(same(16, 16, (9, 1)), config) and not cost.basis_runs(same(16, 16, (1, 8)), config)
+
+
+def test_costs_need_their_engine():
+    with pytest.raises(InputError, match="basis must be there for a basis layer, not 'none'"):
+        cost.basis_runs(same(16, 16), NM256)
+    with pytest.raises(InputError, match="structured must be there for a structured layer, not 'none'"):
+        cost.layer_cycles(conv(16, (1, 1), 64), (5, 7, 16), (), configs.load("basis288"))
+    with pytest.raises(TypeError, match="config must be a Config"):
+        cost.basis_runs(same(16, 16), "basis288")

@@ -11,7 +11,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from compress import arrays, package
+from compress import arrays, package, packing
+from compress.network import BasisConvolution
 from sim_tests.compress.networks import same_network, small_network
 from spec.errors import InputError
 
@@ -111,8 +112,8 @@ def leaves(tree, path=()):
             yield (*path, key)
 
 
-def put(path, value):
-    tree = copy.deepcopy(MANIFEST)
+def put(path, value, manifest=None):
+    tree = copy.deepcopy(manifest or MANIFEST)
     at = tree
     for key in path[:-1]:
         at = at[key]
@@ -120,9 +121,9 @@ def put(path, value):
     return tree
 
 
-def at_path(path):
+def at_path(path, manifest=None):
     """The manifest's value at a path."""
-    return reduce(lambda tree, key: tree[key], path, MANIFEST)
+    return reduce(lambda tree, key: tree[key], path, manifest or MANIFEST)
 
 
 def one_of_each(paths):
@@ -227,7 +228,7 @@ TREES = [
     (lambda n: n["layers"][1]["terms"][0].update(pattern="1:4"), "the patterns of its terms"),
     (lambda n: n["layers"][1].update(format="dense"), "must name the patterns of its terms"),
     (lambda n: n["layers"][1].update(format="basis:6"), "must be dense, nm:N:M, tasd:N:M"),
-    (lambda n: n["layers"][1].update(kind="deconvolution"), "must be convolution, pool or add"),
+    (lambda n: n["layers"][1].update(kind="deconvolution"), "must be convolution, basis, pool or add"),
     (lambda n: n["layers"][0]["requantization"].update(low=3, high=2), "must be at most high"),
     (lambda n: n["layers"][0]["requantization"].update(bias="nowhere.npy"), "must name a member"),
     (lambda n: n["layers"][1]["requantization"].update(bias=n["layers"][0]["requantization"]["bias"]),
@@ -435,3 +436,156 @@ def test_save_refuses_a_broken_network(tmp_path):
     with pytest.raises(InputError, match="must be plain JSON values"):
         package.save(replace(NETWORK, provenance={"a": float("nan")}), tmp_path / "n.sum")
     assert not list(tmp_path.iterdir())
+
+
+# -- basis layers ------------------------------------------------------------------------------------------------------
+BASIS = small_network("basis:4@2:16")[0]
+BASIS_MANIFEST, BASIS_MEMBERS = split(package.pack(BASIS)[0])
+BASIS_AT = next(i for i, layer in enumerate(BASIS_MANIFEST["network"]["layers"]) if layer["kind"] == "basis")
+BASIS_LEAVES = [p for p in leaves(BASIS_MANIFEST["network"]["layers"][BASIS_AT]) if p[-1] != "sha256"]
+
+
+@pytest.mark.parametrize("method", ["basis:4@2:16", "basis:9@1", "basis:6@0.3", "basis:e0.9", "basis:1@1:16"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_basis_round_trip_is_exact(tmp_path, method, packed):
+    network = small_network(method)[0]
+    assert sum(isinstance(layer, BasisConvolution) for layer in network.layers) == 2
+    path = tmp_path / "n.sum"
+    digest = package.save(network, path, packed=packed)
+    loaded = package.load(path)
+    same_network(loaded, network)
+    assert package.digest(path) == digest
+    for layer in loaded.layers:
+        if isinstance(layer, BasisConvolution):
+            assert layer.coefficients.dtype == layer.basis.dtype == np.int8
+    first = path.read_bytes()
+    package.save(loaded, path, packed=packed)
+    assert path.read_bytes() == first
+
+
+def test_basis_coefficients_take_two_bits():
+    layer = BASIS.layers[BASIS_AT]
+    held = stored_basis(f"l{BASIS_AT}_codes.npy")
+    assert held.dtype == np.uint8 and held.shape == (-(-layer.coefficients.size // 4),)
+
+
+def stored_basis(name):
+    return arrays.read_npy(BASIS_MEMBERS[name], where=name, types=("<i4", "<u2", "|u1", "<f8", "|i1"))
+
+
+@pytest.mark.parametrize("path", BASIS_LEAVES, ids=["/".join(map(str, p)) for p in BASIS_LEAVES])
+def test_wild_value_in_a_field_of_a_basis_layer(path):
+    full = ("network", "layers", BASIS_AT, *path)
+    for value in (*VALUES, "basis:5@2:16", "dense", "16:2", "1:16", 33, 7):
+        if type(value) is type(at_path(full, BASIS_MANIFEST)) and value == at_path(full, BASIS_MANIFEST):
+            continue
+        try:
+            package.unpack(build(put(full, value, BASIS_MANIFEST), BASIS_MEMBERS))
+        except InputError as error:
+            assert "\n" not in str(error) and len(str(error)) < 600
+            continue
+        small = type(value) is int and -128 <= value <= 127
+        if path == ("name",):
+            assert isinstance(value, str)
+            continue
+        assert (path[-1] in ("low", "high") or path[0] in ("pads", "stride", "dilation")) and small or \
+            path[-1] == "intermediate_bits" and 8 <= value <= 32, (path, value)
+
+
+def basis_change(change, members=None):
+    """Package whose basis layer's tree was changed."""
+    tree = copy.deepcopy(BASIS_MANIFEST)
+    change(tree["network"]["layers"][BASIS_AT])
+    return build(tree, BASIS_MEMBERS | (members or {}))
+
+
+@pytest.mark.parametrize("key", ["basis", "coefficients", "intermediate_bits", "pattern", "format", "weight_scale"])
+def test_missing_or_renamed_key_of_a_basis_layer(key):
+    refused(basis_change(lambda n: n.pop(key)), "must have exactly the fields")
+    refused(basis_change(lambda n: n.update({f"{key}x": n.pop(key)})), "must have exactly the fields")
+
+
+BASIS_TREES = [
+    (lambda n: n.update(kind="convolution"), "must have exactly the fields"),
+    (lambda n: n.update(coefficients=n["coefficients"]["codes"]), "must be a mapping"),
+    (lambda n: n["coefficients"].update(extra=1), "must have exactly the fields"),
+    (lambda n: n["coefficients"].update(shape=[8, 8]), "must be [outputs, channels, M]"),
+    (lambda n: n["coefficients"].update(shape=[8, 8, 4.0]), "must be [outputs, channels, M]"),
+    (lambda n: n["coefficients"].update(shape=[1 << 16, 1 << 16, 1 << 16]), "must be [outputs, channels, M]"),
+    (lambda n: n["coefficients"].update(shape=[1 << 13, 1 << 13, 1]), "codes must be [16777216], not (64,)"),
+    (lambda n: n["coefficients"].update(shape=[8, 8, 5]), "codes must be [80], not (64,)"),
+    (lambda n: n["coefficients"].update(shape=[4, 8, 8]), "the number of basis kernels"),
+    (lambda n: n["coefficients"].update(shape=[16, 4, 4]), "coefficients must be 8 (the input's channels)"),
+    (lambda n: n["coefficients"].update(codes=n["basis"]), "coefficients.codes must have type |u1"),
+    (lambda n: n.update(basis=n["coefficients"]["codes"]), "basis must not share an array"),
+    (lambda n: n.update(format="basis:5@2:16"), "format must be 4 (the number of its basis kernels)"),
+    (lambda n: n.update(format="basis:4@0.5"), "must name the pattern of its coefficients"),
+    (lambda n: n.update(format="basis:4@1:16"), "must name the pattern of its coefficients"),
+    (lambda n: n.update(format="dense"), "must be basis, basis:M, basis:M@density or basis:M@N:G"),
+    (lambda n: n.update(pattern=None), "must name the pattern of its coefficients"),
+    (lambda n: n.update(pattern="1:16", format="basis:4"), "at most 1 non-zeros in each block of 16 channels"),
+    (lambda n: n.update(pattern="5:4"), "must be an N:M pattern"),
+    (lambda n: n.update(intermediate_bits=7), "intermediate_bits must be an integer in 8..32, not 7"),
+    (lambda n: n.update(intermediate_bits=33), "in 8..32"), (lambda n: n.update(intermediate_bits=True), "in 8..32"),
+    (lambda n: n.update(dilation=[9, 9]), "must fit the padded input"),
+    (lambda n: n.update(weight_scale=None), "must be used by a layer"),
+]
+
+
+@pytest.mark.parametrize("index", range(len(BASIS_TREES)))
+def test_broken_basis_layer(index):
+    change, text = BASIS_TREES[index]
+    refused(basis_change(change), text)
+
+
+def basis_array(name, array):
+    """Package in which an array of the basis layer is another one, with the manifest made to agree."""
+    tree = copy.deepcopy(BASIS_MANIFEST)
+    tree["arrays"][name].update(dtype=array.dtype.str, shape=list(array.shape))
+    return build(tree, BASIS_MEMBERS | {name: arrays.write_npy(array)})
+
+
+@pytest.mark.parametrize("kind,array,text", [
+    ("codes", np.full(64, 2, np.uint8), "must hold codes 0, 1 and 3"),
+    ("codes", np.full(64, 0x80, np.uint8), "must hold codes 0, 1 and 3"),
+    ("codes", np.full(64, 0x55, np.uint8), "at most 2 non-zeros in each block of 16 channels"),
+    ("codes", np.zeros(63, np.uint8), "codes must be [64], not (63,)"), ("codes", np.zeros(64, np.int8), "type |u1"),
+    ("codes", np.zeros((8, 8), np.uint8), "codes must be [64], not (8, 8)"),
+    ("basis", np.zeros((5, 3, 3), np.int8), "the number of basis kernels"),
+    ("basis", np.zeros((4, 9), np.int8), "basis must be [M, kernel_h, kernel_w] of legal size"),
+    ("basis", np.zeros((4, 3, 3), np.uint8), "type |i1"),
+    ("basis", np.zeros((4, 9, 99), np.int8), "must fit the padded input"),
+    ("basis", np.zeros((4, 1, 2000), np.int8), "basis must be at most 1024 x 1024"),
+    ("weight_scale", np.zeros(8), "must be finite and above 0"), ("weight_scale", np.ones(9), "float64 of shape (8,)"),
+])
+def test_broken_array_of_a_basis_layer(kind, array, text):
+    refused(basis_array(f"l{BASIS_AT}_{kind}.npy", array), text)
+
+
+def test_coefficients_with_filling_bits():
+    """63 coefficients: the last two bits of the last byte are filling."""
+    codes = packing.pack_ternary(np.zeros((3, 7, 3), np.int8))
+    assert packing.unpack_ternary(codes, [3, 7, 3]).shape == (3, 7, 3)
+    codes[-1] = 0x40
+    with pytest.raises(InputError, match="zeros behind the last"):
+        packing.unpack_ternary(codes, [3, 7, 3])
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_bit_flips_never_change_a_basis_network(part):
+    rng, caught, whole = np.random.default_rng([6, part]), 0, package.pack(BASIS)[0]
+    for _ in range(40):
+        data = bytearray(whole)
+        data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+        try:
+            same_network(package.unpack(bytes(data)), BASIS)
+        except InputError as error:
+            caught += 1
+            assert "\n" not in str(error)
+    assert caught >= 20
+
+
+def test_truncated_basis_package():
+    whole = package.pack(BASIS)[0]
+    for length in range(3, len(whole), 211):
+        refused(whole[:length])

@@ -118,3 +118,25 @@ def test_wrong_manifests(change, text):
     change(manifest["network"]["layers"][1]["terms"][0])
     with pytest.raises(InputError, match=text):
         package.unpack(build(manifest, members))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (4, 16, 6)])
+def test_ternary_round_trip(rng, shape):
+    ce = rng.integers(-1, 2, shape).astype(np.int8)
+    codes = packing.pack_ternary(ce)
+    assert codes.dtype == np.uint8 and codes.shape == (-(-ce.size // 4),)
+    back = packing.unpack_ternary(codes, list(shape))
+    assert back.dtype == np.int8 and np.array_equal(back, ce) and back.flags.writeable
+    assert np.array_equal(packing.pack_ternary(np.asfortranarray(ce)), codes)
+
+
+@pytest.mark.parametrize("codes,shape,text", [
+    (np.zeros(1, np.uint8), [1, 1], "c.shape must be"), (np.zeros(1, np.uint8), [1, 0, 1], "c.shape must be"),
+    (np.zeros(1, np.uint8), [1, True, 1], "c.shape must be"),
+    (np.zeros(2, np.uint8), [2, 2, 1], r"codes must be \[1\]"),
+    (np.zeros(1, np.uint8), [1 << 13, 1 << 13, 2], "at most 67108864 elements"),
+    (np.full(1, 8, np.uint8), [2, 2, 1], "codes 0, 1 and 3"),
+    (np.full(1, 1 << 6, np.uint8), [3, 1, 1], "zeros behind")])
+def test_refused_ternary_codes(codes, shape, text):
+    with pytest.raises(InputError, match=text):
+        packing.unpack_ternary(codes, shape, "c")

@@ -126,3 +126,8 @@ def test_refusals(options, text):
     with pytest.raises(InputError) as caught:
         tasder.search(QUANTIZER, NM256, quality, **({"reference": 1.0} | options))
     assert text in str(caught.value)
+
+
+def test_series_need_a_structured_engine():
+    with pytest.raises(InputError, match="structured must be there for a search of series, not 'none'"):
+        tasder.candidates(configs.load("basis288"))

@@ -10,9 +10,9 @@ from spec.derive import Sizes
 class BasisBlock(wiring.Component):
     """``sum += tap[m, i] * window[m][position[i]]`` over all slices m and multipliers i of one output channel.
 
-    Each slice keeps the last ``window`` values of its row, the newest at 0: ``push`` shifts in ``ir[m]``, or
-    ``direct[m]`` with ``dense``; with ``clear`` the older ones become 0 (a row begins). ``pointwise`` instead puts
-    ``direct[m * q + i]`` at position i. Three cycles after ``position`` (and two after ``taps``, which come a cycle
+    Each slice keeps the last ``window`` values, the newest at 0: ``push`` shifts in ``ir[m]``, or ``direct[m]`` with
+    ``dense``. ``pointwise`` instead puts ``direct[m * q + i]`` at position i. A multiplier whose ``enable`` is 0 (its
+    position lies in padding) works on 0. Three cycles after ``position`` (and two after ``taps``, which come a cycle
     later than their address) the products are in ``sum``; ``keep`` at that time adds what was there before, so that a
     row of a kernel may take several micro-steps.
 
@@ -29,8 +29,8 @@ class BasisBlock(wiring.Component):
         return {
             "ir": In(data.ArrayLayout(signed(sizes.intermediate.bits), b.slices)),
             "direct": In(data.ArrayLayout(signed(sizes.operand.bits), direct_width(config))),
-            "push": In(1), "clear": In(1), "dense": In(1), "pointwise": In(1),
-            "position": In(data.ArrayLayout(range(b.window), b.multipliers)),
+            "push": In(1), "dense": In(1), "pointwise": In(1),
+            "position": In(data.ArrayLayout(range(b.window), b.multipliers)), "enable": In(b.multipliers),
             "taps": In(data.ArrayLayout(signed(8), b.slices * b.multipliers)), "keep": In(1), "add": In(1),
             "sum": Out(Shape(sizes.basis_sum.bits, True))}
 
@@ -53,13 +53,13 @@ class BasisBlock(wiring.Component):
                         m.d.sync += window[i].eq(self.direct[at] if at < b.group else 0)
                 with m.Else():
                     m.d.sync += window[0].eq(Mux(self.dense, direct, self.ir[s]))
-                    for older, newer in zip(window[1:], window):
-                        m.d.sync += older.eq(Mux(self.clear, 0, newer))
+                    m.d.sync += [older.eq(newer) for older, newer in zip(window[1:], window)]
             for i in range(b.multipliers):
                 value = Signal(signed(bits), name=f"value{s}_{i}", reset_less=True)
                 product = Signal(signed(bits + 8), name=f"product{s}_{i}", reset_less=True)
                 position = self.position[i]
-                m.d.sync += [value.eq(Array(window)[position] if b.window > 1 else window[0]),
+                chosen = Array(window)[position] if b.window > 1 else window[0]
+                m.d.sync += [value.eq(Mux(self.enable[i], chosen, 0)),
                              product.eq(value * self.taps[s * b.multipliers + i])]
                 products.append(product)
         total = Signal.like(self.sum, reset_less=True)

@@ -117,7 +117,7 @@ class BasisLoader(wiring.Component):
                     m.next = "CHECK"
             with m.State("CHECK"):
                 m.d.sync += [
-                    job.chunks.eq(chunks), job.reach.eq(span - x.pad_left), weight.eq(x.weight), taps.eq(0),
+                    job.chunks.eq(chunks), job.span.eq(span), job.reach.eq(span - x.pad_left), weight.eq(x.weight), taps.eq(0),
                     job.streamed.eq(Mux(pointwise | (x.in_cols < pushes), x.in_cols, pushes)),
                     job.tap_half.eq(job.tap_half ^ (x.taps != 0)),
                     job.coefficient_half.eq(job.coefficient_half ^ (x.coefficients != 0))]

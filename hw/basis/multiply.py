@@ -16,9 +16,9 @@ from spec.isa import MAX_KERNEL_ROWS, Mode
 class BasisMultiply(wiring.Component):
     """Runs the micro-steps of a pass: for each input row, output column, kernel row and chunk of taps one cycle.
 
-    Values are pushed into the blocks' windows until the first output of the row has all it needs, then, during the last
-    micro-step of each output, the next one; further pushes of a stride cost a cycle each. Zeros follow the row's last
-    value. A pass waits for a token of the store unit, if it wants one, before its first micro-step, and gives its tokens
+    Values are pushed into the blocks' windows ahead of their use, up to the window's size, also those of the next row;
+    zeros follow a row's last value. So a row costs no cycle beyond its micro-steps as long as the values come in time and
+    the window is larger than the kernel's reach. A pass waits for a token of the store unit, if it wants one, before its first micro-step, and gives its tokens
     as its last sum is in the accumulators.
 
     Latency: `latency` cycles from a micro-step to its sum in the accumulators; 2 cycles between passes. Throughput: one
@@ -64,61 +64,75 @@ class BasisMultiply(wiring.Component):
         # -- within a row -------------------------------------------------------------------------------------------
         col = Signal(12)                        # output column
         chunk = Signal(8)
-        missing = Signal(8)                     # pushes until the window fits the output
-        pushed = Signal(12)                     # values of the row taken
+        #: Pushes beyond what the output at hand needs; below 0 some are missing.
+        ahead = Signal(range(-(1 << 7), b.window + 1))
         now = Signal(MAX_KERNEL_ROWS)
         r = Signal(range(MAX_KERNEL_ROWS))
         m.d.comb += [now.eq(lowest(left)), r.eq(to_log2(now, 3))]
         in_row = Signal()                       # a row is at work
+        hold = Signal()                         # a row of one output has just ended: its sum is not yet written
         step = Signal()                         # a micro-step in this cycle
         last_chunk, last_kernel_row, output_done, row_done = Signal(), Signal(), Signal(), Signal()
         m.d.comb += [
-            step.eq(active & in_row & (missing == 0) & ~self.stop),
+            step.eq(active & in_row & (ahead >= 0) & ~hold & ~self.stop),
             last_chunk.eq(chunk + 1 == Mux(pointwise, x.groups, job.chunks)),
             last_kernel_row.eq(left == now),
             output_done.eq(step & last_chunk & last_kernel_row),
             row_done.eq(output_done & (col + 1 == x.out_cols))]
         pass_done = Signal()
         m.d.comb += pass_done.eq(active & ~self.stop & ~fresh & (following == x.in_rows) & (row_done | ~in_row))
-        # a row of a single output: its sum must be in the accumulators before the next row may add to it
         advance_row = Signal()
         m.d.comb += advance_row.eq(active & ~self.stop & (fresh | row_done | ~in_row) & ~pass_done)
-        new_row = Signal()
-        m.d.comb += new_row.eq(advance_row & (next_mask != 0))
+        m.d.sync += hold.eq(row_done & (x.out_cols == 1))
 
-        # -- pushes ---------------------------------------------------------------------------------------------------
-        begin = Signal()                        # the push is the first of a row
-        wanted = Signal()
-        zero = Signal()
-        offered = Signal()
-        push = Signal()
+        # -- pushes: those of the next row may come while this one is at work, as far as the window reaches ----------------
+        spare = Signal(range(b.window + 1))     # pushes that may run ahead
+        row_pushes = Signal(14)                 # pushes of a row, zeros behind its last value included
+        pushed = Signal(14)                     # those of the row that is being pushed
+        early = Signal()                        # that row is the next one
+        live = Signal(range(b.window + 1))      # window positions that do not lie in rows before this one
+        begins = Signal()                       # a push would be the first of a row
+        wanted, zero, offered, push = Signal(), Signal(), Signal(), Signal()
+        decomposed = x.mode == Mode.DECOMPOSED
         m.d.comb += [
-            begin.eq(new_row & ~(row_done & (x.out_cols == 1))),
-            wanted.eq(begin | active & in_row & ~self.stop
-                      & ((missing != 0) | Mux(pointwise, step, output_done & ~row_done) & ~row_done)),
-            zero.eq(~begin & ~pointwise & (pushed == job.streamed)),
-            offered.eq(Mux(x.mode == Mode.DECOMPOSED, self.intermediate.valid, self.direct.valid)),
+            spare.eq(Mux(pointwise, 0, b.window - job.span)),
+            row_pushes.eq(((x.out_cols - 1) << x.stride_cols_log2) + job.reach),
+            begins.eq(~in_row | Mux(pointwise, row_done, pushed == row_pushes)),
+            wanted.eq((in_row & active & ~self.stop | advance_row)
+                      & (~begins | (next_mask != 0) & (following != x.in_rows) & ~early)
+                      & (~in_row | (ahead < spare) | Mux(pointwise, step, output_done))),
+            zero.eq(~begins & ~pointwise & (pushed >= job.streamed)),
+            offered.eq(Mux(decomposed, self.intermediate.valid, self.direct.valid)),
             push.eq(wanted & (zero | offered)),
-            self.intermediate.ready.eq(push & ~zero & (x.mode == Mode.DECOMPOSED)),
-            self.direct.ready.eq(push & ~zero & (x.mode != Mode.DECOMPOSED))]
+            self.intermediate.ready.eq(push & ~zero & decomposed),
+            self.direct.ready.eq(push & ~zero & ~decomposed)]
         with m.If(self.intermediate.valid & self.intermediate.ready):
             m.d.comb += self.saturated.eq(self.intermediate.payload.saturated)
+
+        consumed = Signal(8)                    # pushes that the next output needs beyond those of this one
+        with m.If(row_done | ~in_row):
+            m.d.comb += consumed.eq(job.reach)
+        with m.Elif(Mux(pointwise, step, output_done)):
+            m.d.comb += consumed.eq(Mux(pointwise, 1, 1 << x.stride_cols_log2))
+        with m.If(in_row | advance_row):
+            m.d.sync += ahead.eq(Mux(in_row, ahead, 0) + push - consumed)
         with m.If(push):
-            m.d.sync += [missing.eq(missing - 1), pushed.eq(pushed + ~zero)]
+            m.d.sync += [pushed.eq(Mux(begins, 1, pushed + 1)), live.eq(Mux(live == b.window, live, live + 1)),
+                         early.eq(early | begins)]
         with m.If(step):
             m.d.sync += chunk.eq(chunk + 1)
-            with m.If(pointwise):
-                m.d.sync += missing.eq(~push)
             with m.If(last_chunk):
                 m.d.sync += [chunk.eq(0), left.eq(left & ~now)]
             with m.If(output_done):
                 m.d.sync += [left.eq(mask), col.eq(col + 1)]
-                with m.If(~pointwise):
-                    m.d.sync += missing.eq((1 << x.stride_cols_log2)[:4] - push)
         with m.If(advance_row):
             m.d.sync += [row.eq(following), fresh.eq(0), in_row.eq(next_mask != 0), mask.eq(next_mask),
-                         left.eq(next_mask), col.eq(0), chunk.eq(0), missing.eq(job.reach - push), pushed.eq(push)]
+                         left.eq(next_mask), col.eq(0), chunk.eq(0), early.eq(0)]
             m.d.sync += [outputs[k].eq(next_outputs[k]) for k in range(MAX_KERNEL_ROWS)]
+            with m.If(~early):
+                m.d.sync += [pushed.eq(push), live.eq(push)]
+            with m.Else():
+                m.d.sync += live.eq(Mux(pushed + push > b.window, b.window, pushed + push))
 
         # -- passes ---------------------------------------------------------------------------------------------------
         waiting = Signal()                      # a pass that wants a token of the store unit
@@ -145,13 +159,14 @@ class BasisMultiply(wiring.Component):
         for i in range(b.multipliers):
             # tap s = chunk * q + i multiplies the value (kernel_cols - 1 - s) * dilation pushes ago; beyond: tap 0
             back = Signal(signed(9), name=f"back{i}")
-            position = Signal(range(b.window), name=f"position{i}")
+            position = Signal(7, name=f"position{i}")
+            inside = Signal(name=f"inside{i}")
             m.d.comb += back.eq(x.kernel_cols - 1 - i - chunk[:4] * b.multipliers)
             with m.If(pointwise):
-                m.d.comb += position.eq(i)
+                m.d.comb += [position.eq(i), inside.eq(1)]
             with m.Elif(back >= 0):
-                m.d.comb += position.eq(back[:4] * x.dilation_cols)
-            positions.append(position)
+                m.d.comb += [position.eq(back[:4] * x.dilation_cols + ahead), inside.eq(position < live)]
+            positions.append((position, inside))
 
         about = data.StructLayout({
             "valid": 1, "keep": 1, "add": 1, "out_row": 12, "col": 12, "cols": 12, "init": 1, "bank": 1,
@@ -192,11 +207,12 @@ class BasisMultiply(wiring.Component):
             for c in range(direct_width(config)):
                 m.d.comb += block.direct[c].eq(Mux(zero, 0, self.direct.payload[c]))
             m.d.comb += [
-                block.push.eq(push), block.clear.eq(begin | (pushed == 0)), block.dense.eq(dense),
+                block.push.eq(push), block.dense.eq(dense),
                 block.pointwise.eq(pointwise),
                 block.taps.as_value().eq(taps.read_data[8 * each * n:8 * each * (n + 1)]),
                 block.keep.eq(stage3.keep), block.add.eq(stage3.valid), self.update.sums[n].eq(block.sum)]
-            m.d.comb += [block.position[i].eq(p) for i, p in enumerate(positions)]
+            for i, (position, inside) in enumerate(positions):
+                m.d.comb += [block.position[i].eq(position), block.enable[i].eq(inside)]
         m.d.comb += [
             self.issue.eq(step), self.wait_store.eq(~active & waiting), self.working.eq(active),
             self.busy.eq(self.i.valid | active | stage1.valid | stage2.valid | stage3.valid | ends.any())]

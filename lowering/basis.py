@@ -101,6 +101,12 @@ class BasisJob:
         """Whether each output reads one pixel per pass, so that outputs may lie anywhere."""
         return self.passes[0][0].mode is Mode.POINTWISE or self.kernel == (1, 1)
 
+    @property
+    def shared_taps(self):
+        """The taps that serve all passes, or None: those of the first pass, of which others may need fewer rows."""
+        first = self.passes[self.bundles()[0][1][0]][0].taps
+        return first if all(first.startswith(run.taps) for group in set(self.passes) for run in group) else None
+
     def folds(self, axis):
         """Whether the stride of rows (axis 0) or columns (1) is one of addresses: a kernel of 1 skips pixels."""
         return self.kernel[axis] == 1 and self.stride[axis] > 1

@@ -73,7 +73,7 @@ class BasisEmitter(Emitter):
         """Taps and coefficients of each pass, in the order of use. Taps that all passes share come once, before the
         first coefficients."""
         job, beat = self.job, self.sizes.beat_bytes
-        shared = len({run.taps for group in job.passes for run in group}) == 1
+        shared = job.shared_taps is not None
         self.blobs, parts, at = {}, [], 0
         order = [group for _, groups in self.bundles for group in groups]
         for group in order:
@@ -141,9 +141,11 @@ class BasisEmitter(Emitter):
                     self.ahead[ready + k * (at - ready) // len(fresh)].append(piece)
             if fresh:
                 ready = at
+        of_tile = [[] for _ in self.tiles]
+        for piece in self.pieces:
+            of_tile[piece.tile].append(piece)
         for number in range(1, len(self.tiles)):
-            begin, end = first_of[number - 1], first_of[number]
-            mine = [p for p in self.pieces if p.tile == number]
+            begin, end, mine = first_of[number - 1], first_of[number], of_tile[number]
             for k, piece in enumerate(mine):
                 self.ahead[begin + k * (end - begin) // len(mine)].append(piece)
         self._deadlines = [p.deadline for p in self.pieces]
@@ -152,7 +154,8 @@ class BasisEmitter(Emitter):
     def preload(self):
         """What the layer needs first and the layer before does not make; placed before the barrier between them."""
         item = self.items[0]
-        self.weight.load(self._allocation(self.job.passes[item.group][0]), PRELOAD_BEATS)
+        weights = self._allocation(self.job.passes[item.group][0])
+        self.weight.load(weights, min(weights.length, PRELOAD_BEATS))
         self._load_parameters(item.group)
 
     def emit(self):
@@ -162,7 +165,7 @@ class BasisEmitter(Emitter):
         self.regions = {}
         self.region_words = sizes.activation_blocks // plan.regions // sizes.banks * sizes.banks
         #: What the engine holds: taps; coefficients, groups and terms.
-        self.taps = self.coefficients = None
+        self.taps, self.coefficients = b"", None
         following = self._following()
         for at, item in enumerate(self.items):
             end = bisect_right(self._deadlines, at)
@@ -204,7 +207,7 @@ class BasisEmitter(Emitter):
         """(fields, reads) of what a pass loads from the weight buffer."""
         sizes, blob = self.sizes, self.blobs[run]
         held = (run.coefficients, run.groups, run.terms)
-        taps = run.taps if run.taps != self.taps else b""
+        taps = b"" if self.taps.startswith(run.taps) else run.taps
         coefficients = run.coefficients if held != self.coefficients else b""
         if not taps and not coefficients:
             return {}, []

@@ -91,18 +91,23 @@ class BasisTiler:
             pixels = min(pixels, max(1, min(sizes.residual_units, 1 << 16) // 2))
         self.max_pixels = pixels
         #: Beats that passes take from the weight buffer: of each output group, and of all together.
-        shared = {run.taps for group in job.passes for run in group}
-        self.group_beats = [sum(((len(run.taps) if len(shared) > 1 else 0) + len(run.coefficients)) // sizes.beat_bytes
-                                for run in group) for group in job.passes]
+        self._shared = job.shared_taps
+        self.group_beats = [sum(self._beats(run) for run in group) for group in job.passes]
         self.weight_beats = sum(dict(zip(job.passes, self.group_beats)).values())
-        self.weight_beats += max(len(t) for t in shared) // sizes.beat_bytes
+        self.weight_beats += len(self._shared or b"") // sizes.beat_bytes
         biggest = max((len(run.taps) + len(run.coefficients)) // sizes.beat_bytes for g in job.passes for run in g)
         if biggest > min(sizes.weight_beats, 1 << 16):
             raise InputError(f"must have passes whose weights fit configuration {sizes.config.name} "
                              "(memory.weight_bytes)", field=f"layer {job.name}", value=biggest * sizes.beat_bytes)
-        # Output groups whose passes cost the same are counted together.
-        self._work = Counter(tuple(run.work for run in group) for group in job.passes)
-        self._alike = {tuple(run.work for run in group): group for group in job.passes}
+        # Passes that cost the same are counted together: (pass, beats, how many of the layer).
+        counts = Counter((run.work, self._beats(run)) for group in job.passes for run in group)
+        alike = {(run.work, self._beats(run)): run for group in job.passes for run in group}
+        self._kinds = [(alike[key], key[1], count) for key, count in counts.items()]
+        self._known = {}
+
+    def _beats(self, run):
+        """Beats that a pass loads whenever the pass before was another one."""
+        return (len(run.coefficients) + (0 if self._shared is not None else len(run.taps))) // self.sizes.beat_bytes
 
     # -- geometry ----------------------------------------------------------------------------------------------------
     def window(self, axis, first, count):
@@ -214,18 +219,19 @@ class BasisTiler:
         return sorted(out, reverse=True)
 
     # -- estimate ----------------------------------------------------------------------------------------------------
-    def _strip_cycles(self, y, n, x, m, rows, cols, reload):
-        """Cycles of all output groups' passes on one strip; ``reload``: each pass loads its weights from the buffer."""
-        total, beat = 0, self.sizes.beat_bytes
-        for work, count in self._work.items():
-            group = self._alike[work]
-            for run in group:
-                cycles = pass_cycles(self, run, rows, cols, (y, n, x, m))[0]
-                if reload:
-                    cycles = max(cycles, len(run.coefficients) // beat + (len(run.taps) // beat if len(group) > 1 or
-                                                                          not run.coefficients else 0))
-                total += count * (cycles + PASS_OVERHEAD_CYCLES)
-        return total
+    def _strip_cycles(self, rows, cols, strip, reload):
+        """Cycles of all output groups' passes on one strip; ``reload``: each pass loads its weights from the buffer.
+
+        rows, cols: windows of the tile; strip: as of `pass_cycles`.
+        """
+        run = self.job.passes[0][0]
+        y, x = self.extent(0, run, rows, *strip[:2]), self.extent(1, run, cols, *strip[2:])
+        key = y.size, y.pad, y.outputs, x.size, x.outputs, reload
+        if key not in self._known:
+            self._known[key] = sum(
+                count * (max(pass_cycles(self, run, rows, cols, strip)[0], beats if reload else 0) +
+                         PASS_OVERHEAD_CYCLES) for run, beats, count in self._kinds)
+        return self._known[key]
 
     def _cost(self, plan, x_windows, y_windows):
         """Rough cycles: the load unit and the engine side by side."""
@@ -242,7 +248,7 @@ class BasisTiler:
         depth = job.span * plan.bundles
         images = 1 if plan.merged else plan.images
         load = comp = 0
-        ends, known = [], {}
+        ends = []
         for number, (rows, cols) in enumerate(tiles):
             if plan.regions == 2 and number >= 2:
                 load = max(load, ends[number - 2])
@@ -251,11 +257,8 @@ class BasisTiler:
             spent, reached = 0, 0
             for image in range(images):
                 for y, n, x, m in strips:
-                    key = (number == 0, rows, cols, y, n, x, m)
-                    if key not in known:
-                        known[key] = share * self._strip_cycles(rows.first + y, n, cols.first + x, m, rows, cols,
-                                                                several and plan.strips_first)
-                    cycles = known[key]
+                    cycles = share * self._strip_cycles(rows, cols, (rows.first + y, n, cols.first + x, m),
+                                                        several and plan.strips_first)
                     end = self.rows_needed(rows, rows.first + y, n)
                     if x == 0:
                         load += max(0, end - (reached if image * plan.rows + y else 0)) * cols.data * depth

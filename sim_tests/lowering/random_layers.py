@@ -1,5 +1,5 @@
 """Seeded random layers of every kind, for the fuzz test."""
-from sim_tests.lowering.networks import add, convolution, network, pool
+from sim_tests.lowering.networks import add, basis_convolution, convolution, network, pool
 
 _KINDS = ("convolution", "convolution", "convolution", "grouped", "depthwise", "full", "pool", "add")
 
@@ -44,3 +44,20 @@ def random_network(rng, block, *, largest=12):
                                  residual=bool(rng.integers(2)))
     what = kind, size, channels, outputs, kernel, stride, pads, dilation, groups
     return network(size, channels, [layer], [out]), what
+
+
+def random_basis_network(rng, config, *, largest=13):
+    """(network of one random basis convolution that fits the basis engine's kernels and channels, what it is)."""
+    b = config.basis
+    size, (channels, outputs) = _integers(rng, 1, largest, 2), _integers(rng, 1, 24, 2)
+    dilation = _integers(rng, 1, 2, 2)
+    kernel = int(rng.integers(1, 6)), int(rng.integers(1, (min(b.window, 7) - 1) // dilation[1] + 2))
+    stride = tuple(int(s) for s in rng.choice([1, 2, 4], 2))
+    pads, count = list(_integers(rng, 0, 3, 4)), int(rng.integers(1, 2 * b.slices))
+    for a in (0, 1):
+        pads[a] += max(0, (kernel[a] - 1) * dilation[a] + 1 - size[a] - pads[a] - pads[a + 2])
+    density = float(rng.choice([0, 0.1, 0.3, 1])) if b.coefficients == "maps" or b.coefficient_rows > 4 else 0.1
+    layer, out = basis_convolution(rng, size=size, channels=channels, outputs=outputs, count=count, kernel=kernel,
+                                   stride=stride, pads=tuple(pads), dilation=dilation, density=density,
+                                   intermediate_bits=b.intermediate_bits, residual=bool(rng.integers(2)))
+    return network(size, channels, [layer], [out]), (size, channels, outputs, count, kernel, stride, pads, dilation)

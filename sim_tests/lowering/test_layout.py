@@ -30,6 +30,24 @@ def test_channels_beyond_the_tensor_hold_the_zero_point(rng):
     assert (p.read(memory, padded=True)[..., 6:] == -7).all()
 
 
+def test_groups_with_padding(rng):
+    """3 channels in units of 4 bytes: channel c in group c // 3 at position c % 3; the fourth byte is padding."""
+    p = _placement(group_channels=3)
+    x = rng.integers(-128, 128, (2, 3, 5, 6)).astype(np.int8)
+    memory = np.zeros(p.offset + p.bytes, np.uint8)
+    p.write(memory, x)
+    for image, row, col, channel in np.ndindex(x.shape):
+        at = p.offset + p.relative(image, channel // 3, row, col) + channel % 3
+        assert memory[at].astype(np.int8) == x[image, row, col, channel]
+    assert (memory[p.offset + 3::4].view(np.int8) == -7).all() and p.bytes == 2 * 2 * 15 * 4
+    np.testing.assert_array_equal(p.read(memory), x)
+    seven = _placement(group_channels=3, planes=3, channels=7)
+    memory = np.full(seven.offset + seven.bytes, 1, np.uint8)
+    seven.write(memory, np.zeros((2, 3, 5, 7), np.int8))
+    padded = seven.read(memory, padded=True)
+    assert padded.shape == (2, 3, 5, 9) and (padded[..., 7:] == -7).all() and not padded[..., :7].any()
+
+
 def test_one_image_needs_no_batch_axis(rng):
     p, x = _placement(images=1), rng.integers(-128, 128, (3, 5, 6)).astype(np.int8)
     memory = np.zeros(p.offset + p.bytes, np.uint8)

@@ -195,6 +195,18 @@ def test_rank_one_finds_rank_one_coefficients(rng):
     np.testing.assert_allclose(np.outer(*got), np.outer(alpha, beta), rtol=1e-9)
 
 
+def test_descent_finds_scales_of_outputs(rng):
+    """From alpha = 1, rows that are exactly alpha T B: the error vanishes only if alpha is fitted too."""
+    ternary = basis.ternarize(rng.normal(size=(8, 60, 3)), density=0.5)
+    kernels = np.linalg.qr(rng.normal(size=(9, 3)))[0].T
+    alpha = np.geomspace(1, 1.5, 8)
+    rows = alpha[:, None, None] * (ternary @ kernels)
+    got = basis.descend(rows, ternary, np.ones(8), kernels, density=0.5, sweeps=30)
+    assert np.array_equal(got[0], ternary)
+    np.testing.assert_allclose(got[1][:, None, None] * (got[0] @ got[2]), rows, atol=1e-6)
+    np.testing.assert_allclose(got[1] / got[1][0], alpha, rtol=1e-6)
+
+
 def hadamard_layer():
     """An int8-exact kernel that is ternary coefficients times nine one-hot kernels, which SVD has to find."""
     h = np.array([[1]])

@@ -110,9 +110,15 @@ def rtl_text(config):
 def derived_sizes(config):
     """Plain numbers that follow from a configuration (`spec.derive.Sizes`), for readers of the metadata."""
     sizes = Sizes(config)
+    structured = ("index_bits", "stream_blocks", "value_beats", "index_beats")
+    basis = ("basis_slices", "tap_row_beats", "lane_code_bits", "series_tile_beats", "coefficient_groups")
     names = (
-        "index_bits",
-        "stream_blocks",
+        *(structured if config.structured is not None else ()),
+        *(basis if config.basis is not None else ()),
+        "columns",
+        "group_channels",
+        "block",
+        "accumulator_depth",
         "group_blocks",
         "banks",
         "activation_blocks",
@@ -122,13 +128,11 @@ def derived_sizes(config):
         "instruction_beats",
         "step_beats",
         "parameter_beats",
-        "value_beats",
-        "index_beats",
         "weight_beats",
         "residual_units",
         "parameter_words",
     )
-    return {name: getattr(sizes, name) for name in names} | {"multipliers": config.structured.multipliers}
+    return {name: getattr(sizes, name) for name in names} | {"multipliers": config.multipliers}
 
 
 def metadata(config, text):

@@ -119,34 +119,71 @@ def summarize(modules, top):
     return {"modules": {name: m | {"total": tree(name)} for name, m in own.items()}, "total": tree(top)}
 
 
-def report(config, *, whole=False, progress=None):
-    """Generic gates of the parts of ``config``: the element with N:M selection, the dense element, column, array; on
-    request the whole accelerator (its scratchpads stay memories and are counted in bits; its logic is not minimised).
+def _scaled(totals, factor):
+    """Totals of ``factor`` equal parts, or of a share of one."""
+    return {key: round(value * factor) for key, value in totals.items()}
 
-    Returns: {"config_digest", "parts": {name: totals}, "pe_ratio_cells", "pe_ratio_equivalents"}.
-    """
+
+def _structured_designs(config):
     from hw.structured.array import StructuredArray
     from hw.structured.pe import Pe
 
     s = config.structured
     bits = {"activation_bits": s.activation_bits, "weight_bits": s.weight_bits}
-    designs = {
+    return {
         "dense element": lambda: to_verilog(Pe(block=1, **bits), "part"),
         f"N:{s.block} element": lambda: to_verilog(Pe(block=s.block, **bits), "part"),
         f"array {s.columns} x {s.slots}": lambda: to_verilog(StructuredArray(config=config), "part"),
     }
-    if whole:
-        designs["accelerator"] = lambda: rtl_text(config)
+
+
+def basis_parts(config):
+    """Totals of the basis engine, of one block of it by kind of logic, and of what its blocks share."""
+    from hw.basis.engine import BasisEngine
+
+    b = config.basis
+    result = cell_counts(to_verilog(BasisEngine(config=config), "part"), "part")
+    modules = {name.removeprefix("part."): m["total"] for name, m in result["modules"].items()}
+    slice_name = "summand_series_slice" if b.coefficients == "series" else "summand_concentrator"
+    parts = {
+        f"basis engine {b.blocks} x {b.slices} x {b.multipliers}": result["total"],
+        f"per block: {b.slices} coefficient slices": _scaled(modules[slice_name], b.slices),
+        "per block: windows, multipliers, adder tree": modules["summand_basis_block"],
+        "per block: queue of intermediates": _scaled(modules["intermediates"], 1 / b.blocks),
+        "per block: tap memory": _scaled(modules["multiply.taps"], 1 / b.blocks),
+    }
+    if b.coefficients == "maps":
+        parts["per block: map decoder and coefficient memory"] = modules["summand_map_decoder"]
+    else:
+        parts["per block: coefficient memory"] = _scaled(modules["stage.tiles"], 1 / b.blocks)
+    for name, module in (("streamer", "streamer"), ("loader", "loader")):
+        parts[f"shared: {name}"] = modules[module]
+    return parts
+
+
+def report(config, *, whole=False, progress=None):
+    """Generic gates of the parts of ``config``: of a structured engine the element with N:M selection, the dense
+    element and the array; of a basis engine all of it, a block by kind of logic, and what the blocks share; on request the
+    whole accelerator (its scratchpads stay memories and are counted in bits; its logic is not minimised).
+
+    Returns: {"config_digest", "parts": {name: totals}, "pe_ratio_cells", "pe_ratio_equivalents"}; the ratios are None
+    without a structured engine.
+    """
+    tell = progress or (lambda message, fraction: None)
+    designs = _structured_designs(config) if config.structured is not None else {}
     parts = {}
     for n, (name, make) in enumerate(designs.items()):
-        if progress:
-            progress(f"synthesis: {name}", n / len(designs))
-        is_whole = name == "accelerator"
-        parts[name] = cell_counts(make(), top_name(config) if is_whole else "part", minimize=not is_whole)["total"]
-    dense, sparse = parts["dense element"], parts[f"N:{s.block} element"]
-    return {
-        "config_digest": config.digest,
-        "parts": parts,
-        "pe_ratio_cells": sparse["cells"] / dense["cells"],
-        "pe_ratio_equivalents": sparse["gate_equivalents"] / dense["gate_equivalents"],
-    }
+        tell(f"synthesis: {name}", n / (len(designs) + 2))
+        parts[name] = cell_counts(make(), "part")["total"]
+    if config.basis is not None:
+        tell("synthesis: basis engine", None)
+        parts |= basis_parts(config)
+    if whole:
+        tell("synthesis: accelerator", None)
+        parts["accelerator"] = cell_counts(rtl_text(config), top_name(config), minimize=False)["total"]
+    ratios = {"pe_ratio_cells": None, "pe_ratio_equivalents": None}
+    if config.structured is not None:
+        dense, sparse = parts["dense element"], parts[f"N:{config.structured.block} element"]
+        ratios = {"pe_ratio_cells": sparse["cells"] / dense["cells"],
+                  "pe_ratio_equivalents": sparse["gate_equivalents"] / dense["gate_equivalents"]}
+    return {"config_digest": config.digest, "parts": parts, **ratios}

@@ -397,7 +397,7 @@ def estimate(args):
         words = cycles.program_words(config, memory, lowered.program_offset, lowered.instruction_count)
         predicted = cycles.predict(config, words, memory, memory_latency_cycles=args.latency)
     ends = dict(predicted.marks)
-    rows, before, multipliers = [], 0, config.structured.multipliers
+    rows, before, multipliers = [], 0, config.multipliers
     for info in lowered.layers:
         spent, before = ends[info.mark] - before, ends[info.mark]
         rows.append(
@@ -454,10 +454,11 @@ def synth(args):
         ("part", "cells", "NAND2 equivalents", "flip-flops", "memory bits"),
         rows,
     )
-    print(
-        f"element with N:{config.structured.block} selection / dense element: {result['pe_ratio_cells']:.3f} in cells, "
-        f"{result['pe_ratio_equivalents']:.3f} in NAND2 equivalents"
-    )
+    if config.structured is not None:
+        print(
+            f"element with N:{config.structured.block} selection / dense element: {result['pe_ratio_cells']:.3f} in "
+            f"cells, {result['pe_ratio_equivalents']:.3f} in NAND2 equivalents"
+        )
     if args.json:
         write_file(args.json, json.dumps(result, indent=1) + "\n")
     return GOOD

@@ -15,7 +15,7 @@ import time
 import numpy as np
 
 from compress import engine
-from compress.network import Convolution, Term
+from compress.network import BasisConvolution, Convolution, Term
 from gen import emit
 from golden import cycles
 from golden.machine import Machine
@@ -27,7 +27,7 @@ from spec.errors import InputError
 
 REPORT_VERSION = 1
 #: State numbers of the trace output ``execute``.
-EXECUTE_STATES = ("idle", "issue", "wait_load", "wait_store", "wait_weights")
+EXECUTE_STATES = ("idle", "issue", "wait_load", "wait_store", "wait_weights", "wait_coefficients")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,9 @@ class LayerReport:
     format: str
     #: Multiplications of the dense layer; 0 for pooling and addition.
     macs_dense: int
-    #: Multiplications that the array performed (cycles in which it took a pixel x multipliers).
+    #: Multipliers of the engine that ran the layer.
+    multipliers: int
+    #: Multiplications that they performed (cycles in which they worked x multipliers).
     macs_executed: int
     #: Of these, with a non-zero stored weight; the rest are idle slots.
     macs_nonzero: int
@@ -114,9 +116,9 @@ class Report:
             "mismatches",
         )
         out = {name: total(name) for name in names}
-        multipliers = self.memory["multipliers"]
-        out["utilization"] = out["macs_executed"] / (multipliers * out["cycles"])
-        out["utilization_nonzero"] = out["macs_nonzero"] / (multipliers * out["cycles"])
+        possible = sum(r.multipliers * r.cycles for r in self.layers)
+        out["utilization"] = out["macs_executed"] / possible
+        out["utilization_nonzero"] = out["macs_nonzero"] / possible
         out["speedup_vs_dense"] = out["cycles_dense"] / out["cycles"] if out["cycles_dense"] else None
         out["cycles_with_start_and_end"] = self.cycles
         return out
@@ -148,11 +150,16 @@ def dense_version(network):
     """The same network with every weight series as one dense term: the baseline of ``speedup_vs_dense``."""
 
     def dense(layer):
-        if not isinstance(layer, Convolution):
+        if not isinstance(layer, (BasisConvolution, Convolution)):
             return layer
         # A series of int8 terms may sum to more than int8; the baseline's cycles do not depend on the values.
         values = np.clip(layer.effective_weights(), -128, 127).astype(np.int8)
-        return replace(layer, terms=(Term(pattern=Pattern(1, 1), values=values),), format="dense")
+        terms = (Term(pattern=Pattern(1, 1), values=values),)
+        if isinstance(layer, Convolution):
+            return replace(layer, terms=terms, format="dense")
+        return Convolution(name=layer.name, input=layer.input, output=layer.output, residual=layer.residual,
+                           requantization=layer.requantization, terms=terms, stride=layer.stride, pads=layer.pads,
+                           dilation=layer.dilation)
 
     return replace(network, layers=tuple(dense(layer) for layer in network.layers))
 
@@ -160,9 +167,9 @@ def dense_version(network):
 def is_dense(network, names=None):
     """Whether every weight tensor (of the named layers) is one dense term."""
     return all(
-        len(layer.terms) == 1 and layer.terms[0].dense
+        isinstance(layer, Convolution) and len(layer.terms) == 1 and layer.terms[0].dense
         for layer in network.layers
-        if isinstance(layer, Convolution) and (names is None or layer.name in names)
+        if isinstance(layer, (BasisConvolution, Convolution)) and (names is None or layer.name in names)
     )
 
 
@@ -186,8 +193,18 @@ class _Compared:
             )
 
 
+def engine_multipliers(layer, config):
+    """Multipliers of the engine that runs a layer: decomposed ones, and everything where there is no other engine, run
+    on the basis engine."""
+    on_basis = config.structured is None or isinstance(layer, BasisConvolution)
+    return config.basis.multiplications if on_basis else config.structured.multipliers
+
+
 def _nonzero_macs(layer, tensors, batch):
-    """Products with a non-zero stored weight."""
+    """Products with a non-zero stored weight; of a decomposed layer those of the basis, for which it has multipliers."""
+    if isinstance(layer, BasisConvolution):
+        out = tensors[layer.output]
+        return int(np.count_nonzero(layer.basis)) * layer.outputs * out.height * out.width * batch
     if not isinstance(layer, Convolution):
         return 0
     out = tensors[layer.output]
@@ -293,12 +310,12 @@ def cosimulate(
         "stall": stall,
         "seed": seed,
         "data_bits": config.bus.data_bits,
-        "multipliers": config.structured.multipliers,
+        "multipliers": config.multipliers,
         "bytes": lowered.memory_bytes,
     }
     compared = {info.name: _Compared() for info in lowered.layers}
     first, stray, outputs, done, lock = None, 0, {}, 0, threading.Lock()
-    cycles_estimate = sum(info.macs_executed for info in lowered.layers) / config.structured.multipliers * 1.1 + 1000
+    cycles_estimate = sum(info.macs_executed for info in lowered.layers) / config.multipliers * 1.1 + 1000
 
     def one(start):
         nonlocal first, stray, done
@@ -388,12 +405,13 @@ def cosimulate(
         dense_cycles = _cached_cycles(simulator, dense, [latency, stall, seed], run_dense)
 
     by_name = {layer.name: layer for layer in network.layers}
-    multipliers, beat_bytes = config.structured.multipliers, config.bus.data_bits // 8
+    beat_bytes = config.bus.data_bits // 8
     rows = []
     for info, mark, n, n_dense, predicted in zip(
         lowered.layers, result.marks, spent, dense_cycles, _predictions(lowered, latency)
     ):
         c, nonzero = compared[info.name], _nonzero_macs(by_name[info.name], network.tensors, batch)
+        multipliers = engine_multipliers(by_name[info.name], config)
         executed = mark["execute"][1] * multipliers
         sqnr = None
         if floats and info.output in floats:
@@ -406,6 +424,7 @@ def cosimulate(
                 op=info.op,
                 format=info.format,
                 macs_dense=info.macs_dense,
+                multipliers=multipliers,
                 macs_executed=executed,
                 macs_nonzero=nonzero,
                 cycles=n,

@@ -11,6 +11,8 @@ from compress.quantize import Calibration, Quantizer, quantize
 from golden import basis as golden
 from golden import coefficients as formats
 from golden import structured
+from golden.machine import Machine
+from lowering.lower import lower
 from sim_tests.compress.networks import every_layer_kind, same_network
 from sim_tests.compress.test_flow import DIGITS, heldout
 from spec.config import Pattern, load
@@ -478,6 +480,23 @@ def test_accuracy_of_the_demo_network_without_retraining(method, least):
     assert engine.accuracy(network, *heldout()) >= least
     assert [type(v).__name__ for v in network.layers if hasattr(v, "metrics")] == \
         ["Convolution", "BasisConvolution", "BasisConvolution", "BasisConvolution", "Convolution"]
+
+
+@pytest.mark.parametrize("preset,method", [("full", "basis-mix:9@0.5@x0.3"), ("basis252", "basis:6@3:14"),
+                                           ("maps288", "basis:6@0.25")])
+def test_compressed_network_runs_bit_exactly_on_the_golden_machine(preset, method):
+    config = load(preset)
+    network = flow.compress_model(DIGITS, method, config=config, calibration="demo:calibration")
+    assert any(isinstance(v, BasisConvolution) for v in network.layers)
+    x = engine.quantize_input(network, heldout()[0][:1])
+    want, low = engine.run(network, x, keep=True), lower(network, config)
+    memory = low.new_memory()
+    low.write_tensor(memory, network.input, x)
+    machine = Machine(config, memory)
+    machine.run(low.program_offset, low.instruction_count)
+    assert set(low.outputs) >= {network.output}
+    for name in low.outputs:
+        np.testing.assert_array_equal(low.read_tensor(machine.memory, name), want[name], err_msg=name)
 
 
 def test_few_coefficients_without_retraining_are_reported_as_ruinous():

@@ -1,0 +1,150 @@
+"""The checks of the coefficient stage for maps can fail: each small fault in its sources is seen, and none without."""
+
+import importlib
+
+import numpy as np
+
+from sim_tests.hw.basis_reference import (
+    TINY_MAPS,
+    intermediates,
+    pack,
+    random_activations,
+    random_coefficients,
+    rows,
+    segment_table,
+    to_words,
+    word_cycles,
+)
+from sim_tests.hw.planted import FAULT, Fault, planted
+from sim_tests.lib.pysim import simulate
+
+STAGE, DECODER, LANES = "hw.basis.maps", "hw.basis.map_decoder", "hw.basis.concentrator"
+
+#: What sees them: "ir", "cycles", "saturated", "error" (the good load is refused), "accepts" (a bad one is not).
+FAULTS = (
+    Fault(LANES, "activation_bit ^ minus", "activation_bit", "ir"),
+    Fault(LANES, "Cat(carry, b)", "Cat(Const(0, 1), b)", "ir"),
+    Fault(LANES, "rotate(columns, d)", "rotate(columns, 0)", "ir"),
+    Fault(LANES, "rotate(free, -d)", "rotate(free, d)", "ir"),
+    Fault(LANES, "free & ~rotate(seen[d], d)", "free & ~rotate(seen[d], d + 1)", "cycles"),
+    Fault(LANES, "reaches & ~seen[k]", "reaches", "ir"),
+    Fault(LANES, "self.first.replicate(b.group)", "(self.first | self.pick).replicate(b.group)", "cycles"),
+    Fault(LANES, "Mux(self.fresh, 0, total)", "total", "ir"),
+    Fault(LANES, "high.any() & ~high.all()", "high.any()", "ir"),
+    Fault(DECODER, "Cat(level2, signs)", "Cat(level2 & (level2 - 1), signs)", "ir"),
+    Fault(DECODER, "Mux(has_word, word, 0) << left", "Mux(has_word, word, 0)", "ir"),
+    Fault(DECODER, "queue >> count", "queue", "ir"),
+    Fault(DECODER, "complete & new_row", "0", "ir"),
+    Fault(DECODER, "Mux(clearing, -1, write << write_slice)", "write << write_slice", "ir"),
+    Fault(DECODER, "word[g] & (remaining <= g)", "0", "accepts"),
+    Fault(DECODER, "drop & (finishes != beat.last)", "0", "accepts"),
+    Fault(STAGE, "Cat(decoder.row, half)", "Cat(decoder.row, ~half)", "ir"),
+    Fault(STAGE, "~at_lanes | (pick & done)", "~at_lanes | pick", "ir"),
+    Fault(STAGE, "tree_sum([s.saturated for s in slices])", "tree_sum([s.saturated for s in slices[1:]])", "saturated"),
+)
+
+
+def scenario(config, rng):
+    """Loads of both halves: (coefficients, pixels); the last pixels and coefficients saturate."""
+    b = config.basis
+    for groups in (5, 8, 3):
+        shape = b.blocks, b.slices, groups, b.group
+        ends = [np.full(shape[2:], v) for v in (255, -255)]
+        pixels = [random_activations(rng, shape[2:], 0.8) for _ in range(4)]
+        coefficients = random_coefficients(rng, shape, 0.5)
+        coefficients[:, 1, groups - 1] = 0      # the word of the half's load before had something here
+        coefficients[0, 0] = 1
+        yield coefficients, [*pixels, *ends]
+
+
+def bad_loads(config, few, many):
+    """(groups, beats) that must be refused: maps beyond the groups; segments that end after a beat of several."""
+    per_beat = config.bus.data_bits // config.basis.group
+    words = to_words(config, many[0])[:per_beat]
+    beat = sum(word << config.basis.group * k for k, word in enumerate(words))
+    yield few.shape[2] - 1, pack(config, few)
+    yield many.shape[2], segment_table(config, [1] * config.basis.blocks) + [beat] * config.basis.blocks
+
+
+async def drive(ctx, stage, config, jobs, bad):
+    """The first check that sees that something is wrong, or None."""
+    b = config.basis
+    ctx.set(stage.o.ready, 1)
+
+    async def load(half, groups, beats):
+        ctx.set(stage.load_start, 1)
+        ctx.set(stage.load_half, half)
+        ctx.set(stage.load_groups, groups)
+        await ctx.tick()
+        ctx.set(stage.load_start, 0)
+        at = 0
+        for _ in range(300):
+            if ctx.get(stage.error) or ctx.get(stage.loaded):
+                break
+            ctx.set(stage.load.valid, at < len(beats))
+            ctx.set(stage.load.payload, beats[min(at, len(beats) - 1)])
+            taken = at < len(beats) and ctx.get(stage.load.ready)
+            await ctx.tick()
+            at += taken
+        ctx.set(stage.load.valid, 0)
+        return not ctx.get(stage.error) and ctx.get(stage.loaded)
+
+    async def pixel(half, coefficients, activations):
+        words = rows(config, activations[None])[:, 0]
+        want = sum(word_cycles(config, np.concatenate([rows(config, c)[n] for c in coefficients]), w)
+                   for n, w in enumerate(words))
+        got, cycles, at = None, 0, 0
+        while got is None and cycles < 100:
+            ctx.set(stage.i.valid, at < len(words))
+            if at < len(words):
+                for k, value in enumerate(words[at].ravel()):
+                    ctx.set(stage.i.payload.word[k], int(value))
+                for field, value in (("row", at), ("half", half), ("last", at == len(words) - 1)):
+                    ctx.set(getattr(stage.i.payload, field), value)
+            taken = at < len(words) and ctx.get(stage.i.ready)
+            if ctx.get(stage.o.valid):
+                got = [ctx.get(stage.o.payload.ir[n]) for n in range(b.blocks * b.slices)]
+                saturated = ctx.get(stage.o.payload.saturated)
+            await ctx.tick()
+            at, cycles = at + taken, cycles + 1
+        ir, count = intermediates(config, np.concatenate(coefficients), activations)
+        if got is None or got != ir:
+            return "ir" if got else "cycles"
+        if saturated != count:
+            return "saturated"
+        return None if cycles == want + stage.latency else "cycles"
+
+    for number, (coefficients, pixels) in enumerate(jobs):
+        if not await load(number % 2, coefficients.shape[2], pack(config, coefficients)):
+            return "error"
+        for activations in pixels:
+            if seen := await pixel(number % 2, coefficients, activations):
+                return seen
+    await load(0, *bad)
+    return None if ctx.get(stage.error) else "accepts"
+
+
+def run(stages, config, fault, seed):
+    """The check that sees ``fault`` in the planted design, or None."""
+    jobs = list(scenario(config, np.random.default_rng(seed)))
+    for bad in bad_loads(config, jobs[2][0], jobs[1][0]):       # an error stays until reset: one simulation for each
+        stage, seen = stages.MapStage(config=config), []
+
+        async def bench(ctx, stage=stage, seen=seen, bad=bad):
+            ctx.set(FAULT, fault)
+            seen.append(await drive(ctx, stage, config, jobs, bad))
+
+        simulate(stage, bench)
+        if seen[0]:
+            return seen[0]
+    return None
+
+
+def test_each_planted_fault_is_seen(seed):
+    with planted(FAULTS):
+        stages = importlib.import_module(STAGE)
+        seen = [run(stages, TINY_MAPS, fault, seed) for fault in range(len(FAULTS) + 1)]
+    assert seen[0] is None, f"the good design fails: {seen[0]}"
+    wrong = [f"{n}: {f.good} -> {f.bad}: seen by {seen[n]}, not {f.check}"
+             for n, f in enumerate(FAULTS, 1) if seen[n] != f.check]
+    assert not wrong, "\n".join(wrong)

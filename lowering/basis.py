@@ -356,7 +356,9 @@ def _choose(job, weights, sums, absolute, sizes, batch):
         chunks = [_chunks(mask, sizes) for mask in used.any(axis=1)]
         count = sum(len(plane) for plane in chunks)
         pixels = job.output.height * job.output.width * batch
-        dense = _Cost(count * rows, count, count * rows)
+        # An output takes at least as long as its share of the input pixels, which come one per cycle.
+        share = job.input.height * job.input.width / (job.output.height * job.output.width)
+        dense = _Cost(count * max(rows, share), count, count * rows)
         if plain.cycles(pixels, sizes) < dense.cycles(pixels, sizes) or job.kernel == (1, 1) and \
                 plain.cycles(pixels, sizes) == dense.cycles(pixels, sizes):
             chunks = None
@@ -381,14 +383,15 @@ def _choose(job, weights, sums, absolute, sizes, batch):
 class _Cost:
     """Micro-steps per pixel, passes per strip and rows of taps of all output groups."""
 
-    micro_steps: int
+    micro_steps: float
     passes: int
     rows: int
 
     def cycles(self, pixels, sizes):
         strips = ceil_div(pixels, sizes.accumulator_depth)
-        return max(self.micro_steps * pixels + self.passes * strips * PASS_OVERHEAD_CYCLES,
-                   self.rows * sizes.tap_row_beats)
+        work = self.micro_steps * pixels + self.passes * strips * PASS_OVERHEAD_CYCLES
+        load = self.rows * sizes.tap_row_beats
+        return max(work, load) + min(work, load) / 8
 
 
 def _every(made, job):

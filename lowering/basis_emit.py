@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lowering.basis_tiling import pass_cycles
+from lowering.basis_tiling import MOST_AHEAD, pass_cycles
 from lowering.emit import PRELOAD_BEATS, RING_PARTS, Emitter, Region, Tile
 from lowering.job import pack_parameters
 from lowering.steps import Chunk
@@ -195,13 +195,15 @@ class BasisEmitter(Emitter):
         return self.weight.get(run, blob.beats, self.weight_source + blob.source, pinned)
 
     def _prefetch(self, current, following):
-        for run in following:
-            if not self.blobs[run].beats:
-                continue
-            allocation = self._allocation(run, pinned=current)
-            if allocation is None:
-                return
-            self.weight.load(allocation)
+        """Load the weights of the next output group as far as they push out none of these, nor of this one."""
+        pinned = set(current)
+        for run in following[:MOST_AHEAD]:
+            if self.blobs[run].beats:
+                allocation = self._allocation(run, pinned)
+                if allocation is None:
+                    return
+                self.weight.load(allocation)
+            pinned.add(run)
 
     def _weights(self, run):
         """(fields, reads) of what a pass loads from the weight buffer."""

@@ -19,6 +19,8 @@ from spec.isa import Mode
 
 #: Tiles that the estimate simulates; the others are taken to be like these.
 SIMULATED_TILES = 6
+#: Transfers ahead of their use, each of which may be an outstanding token.
+MOST_AHEAD = 96
 #: Ways tried to cut the columns of a tile into strips.
 MOST_COLUMN_STRIPS = 8
 
@@ -198,6 +200,9 @@ class BasisTiler:
                   "cb": cb, "area": area, "regions": regions}
         orders = (True, False) if self.weight_beats <= min(sizes.weight_beats, 1 << 16) else (False,)
         for strip_rows, strip_cols, first_rows in self._strips(rows, cols):
+            strips = ceil_div(rows, strip_rows) + (first_rows < strip_rows)
+            if regions == 2 and strips * bundles * images > MOST_AHEAD and rows * cols * bundles * images != 1:
+                continue
             for strips_first in orders:
                 plan = BasisPlan(**common, strip_rows=strip_rows, strip_cols=strip_cols, first_rows=first_rows,
                                  strips_first=strips_first, cost_cycles=0)

@@ -242,6 +242,36 @@ def test_average_pool_of_a_whole_image_is_one_run(rng):
     assert [(p["groups"], p["taps"]) for p in _passes(lowered)] == [(32, 32), (17, 0)] + [(32, 0), (17, 0)] * 2
 
 
+def test_weights_of_many_passes_are_streamed_once(rng):
+    """Six passes of 32 rows of taps for each output group do not fit a buffer of 16 KiB; no load is in vain."""
+    config = _small("basis252", activation_bytes=8192, weight_bytes=16384)
+    layer, out = convolution(rng, size=(3, 3), channels=14 * 20, outputs=40, kernel=(3, 3))
+    lowered, _ = check(network((3, 3), 14 * 20, [layer], [out]), config, rng)
+    assert lowered.layers[0].steps == 6 and lowered.layers[0].weight_bytes > 2 * 16384
+    assert _beats(lowered, LinearTarget.WEIGHT) * 32 == lowered.layers[0].weight_bytes
+
+
+def test_many_small_images(rng):
+    """So many transfers ahead of their use that each as a token would overflow a counter."""
+    config = _small("basis252", activation_bytes=8192, weight_bytes=16384)
+    layer, out = pool(rng, size=(2, 2), channels=28, kind="average", window=(2, 1), stride=(1, 1))
+    lowered, _ = check(network((2, 2), 28, [layer], [out]), config, rng, batch=300)
+    assert lowered.layers[0].plan.regions == 2
+
+
+def test_passes_are_legal(rng):
+    """What the engine refuses as ILLEGAL_FIELD beyond golden.machine: padding as long as the kernel reaches."""
+    config, seen = load("basis252"), 0
+    for _ in range(20):
+        net, _ = random_basis_network(rng, config)
+        for p in _passes(lower(net, config)):
+            assert p["pad_top"] <= (p["kernel_rows"] - 1) * p["dilation_rows"]
+            assert p["pad_left"] <= (p["kernel_cols"] - 1) * p["dilation_cols"]
+            assert p["dilation_rows"] >= 1 and p["dilation_cols"] >= 1 and p["groups"] >= 1
+            seen += p["pad_top"] > 0
+    assert seen
+
+
 def test_same_input_same_image(rng):
     net, _ = random_basis_network(rng, load("basis252"))
     first, second = (lower(net, load("basis252")) for _ in range(2))

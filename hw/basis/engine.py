@@ -6,6 +6,7 @@ from amaranth.lib.wiring import In, Out
 from hw.accumulators import update_layout
 from hw.basis.job import job_layout
 from hw.basis.loader import BasisLoader
+from hw.basis.maps import MapStage
 from hw.basis.multiply import BasisMultiply
 from hw.basis.series import SeriesStage
 from hw.basis.streamer import BasisStreamer
@@ -19,10 +20,7 @@ from spec.registers import Error
 
 def coefficient_stage(config):
     """The stage that the configuration asks for; the engine around it is the same."""
-    if config.basis.coefficients == "series":
-        return SeriesStage(config=config)
-    from hw.basis.maps import MapStage
-    return MapStage(config=config)
+    return SeriesStage(config=config) if config.basis.coefficients == "series" else MapStage(config=config)
 
 
 class BasisEngine(wiring.Component):

@@ -17,7 +17,7 @@ from compress.network import Convolution, Network, Requantization, Tensor, Term
 from gen import emit, synth
 from golden.structured import tasd_series
 from lowering.lower import lower
-from sim_tests.bench import build
+from sim_tests.bench import build, decomposed
 from sim_tests.bench.cosim import cosimulate, prepare
 from sim_tests.bench.simulation import simulate
 from spec import config as configs
@@ -181,7 +181,7 @@ def area(rows):
 
 
 #: Parts of the bench by name.
-PARTS = ("area", "small", "flow", "resnet")
+PARTS = ("area", "small", "flow", "resnet", "basis")
 
 
 def main(argv=None):
@@ -205,6 +205,9 @@ def main(argv=None):
         flow(rows, rng)
     if "resnet" in parts:
         resnet_convolutions(rows, rng)
+    if "basis" in parts:
+        facts["basis"] = {}
+        decomposed.compare(lambda *figure: _row(rows, *figure), rng, facts["basis"])
     path = Path(args.json)
     emit.write_files({path.name: json.dumps({"figures": rows, "facts": facts}, indent=1) + "\n"}, path.parent)
     missed = [r["name"] for r in rows if not r["reached"]]

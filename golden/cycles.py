@@ -39,6 +39,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from golden.basis_cycles import BasisEngine, Geometry, segment_words
 from spec import isa
 from spec.derive import INSTRUCTION_BITS, STEP_BITS, Sizes
 from spec.formats import step_entry
@@ -81,7 +82,11 @@ _NAMES = {unit: unit.name.lower() for unit in _UNITS}
 #: Places of fields in the instruction words: {opcode: [(name, lowest bit, mask)]}; all used ones are unsigned.
 _FIELDS = {op: [(f.name, record.offset(f.name), (1 << f.bits) - 1) for f in record.fields if f.name != "reserved"]
            for op, record in isa.INSTRUCTIONS.items()}
-_EXECUTE_STATES = ("EXECUTE_IDLE", "EXECUTE_ISSUE", "EXECUTE_WAIT_LOAD", "EXECUTE_WAIT_STORE", "EXECUTE_WAIT_WEIGHTS")
+#: Fields of EXECUTE_BASIS that its geometry comes from.
+_GEOMETRY = ("mode", "in_rows", "in_cols", "out_rows", "out_cols", "pad_top", "pad_left", "kernel_rows", "kernel_cols",
+             "stride_rows_log2", "stride_cols_log2", "dilation_rows", "dilation_cols", "groups", "terms", "n_log2")
+_EXECUTE_STATES = ("EXECUTE_IDLE", "EXECUTE_ISSUE", "EXECUTE_WAIT_LOAD", "EXECUTE_WAIT_STORE", "EXECUTE_WAIT_WEIGHTS",
+                   "EXECUTE_WAIT_COEFFICIENTS")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +107,8 @@ class Event:
 class Segment:
     """What happened up to a BARRIER since the one before (or start): why those cycles were spent.
 
-    ``execute``: cycles by state: idle, issue, wait for load, wait for store, wait for weights (the order of the port
-    ``trace_execute``). ``load_busy`` and ``store_busy``: cycles of the other units' work in the same time.
+    ``execute``: cycles by state: idle, issue, wait for load, wait for store, wait for weights, wait for coefficients (the
+    order of the port ``trace_execute``). ``load_busy`` and ``store_busy``: cycles of the other units' work in the same time.
     """
 
     mark: int
@@ -146,7 +151,8 @@ def program_words(config, memory, offset, count):
             for at in range(offset, offset + count * stride, stride)]
 
 
-def predict(config, program_words, memory, *, memory_latency_cycles=16, write_latency_cycles=None, program_offset=None):
+def predict(config, program_words, memory, *, memory_latency_cycles=16, write_latency_cycles=None, program_offset=None,
+            word_cycles=None, saturations=0):
     """Cycles of a program.
 
     Args:
@@ -156,6 +162,10 @@ def predict(config, program_words, memory, *, memory_latency_cycles=16, write_la
             the last write beat to its response; like the other unless given.
         program_offset: bytes, a multiple of the beat: where the program lies, for a burst ends at 4 KiB. None: where
             the image holds these words, 0 if it does not.
+        word_cycles: maps only, {instruction number: cycles of each stream word [rows, columns, words]} as
+            `golden.machine.Machine` records them, for they depend on the data. An instruction that is not in it, or None:
+            each word takes one cycle, and what is predicted is a lower bound.
+        saturations: what the counter SATURATIONS is going to show; it depends on the data alone.
     Returns: `Prediction`.
     Raises: ValueError for a latency below 1 and for a program that is not one: unknown operation, a wait without token,
         no END, a step that no instruction loads or whose pattern the configuration does not have.
@@ -166,9 +176,11 @@ def predict(config, program_words, memory, *, memory_latency_cycles=16, write_la
     memory = np.frombuffer(memory, np.uint8)
     words = [int(word) for word in program_words]
     program = _Program(config, words, memory)
+    for i in program.instructions:
+        i.word_cycles = (word_cycles or {}).get(i.pc)
     if program_offset is None:
         program_offset = _find(Sizes(config), words, memory)
-    return _Run(config, program, program_offset, memory_latency_cycles, write_latency).simulate()
+    return _Run(config, program, program_offset, memory_latency_cycles, write_latency).simulate(saturations)
 
 
 def _find(sizes, words, memory):
@@ -186,13 +198,15 @@ class _Instruction:
     """One instruction as the units see it."""
 
     __slots__ = ("pc", "opcode", "unit", "f", "waits", "pushes", "bursts", "last_request", "cycles", "beats", "groups",
-                 "begin", "end", "ready")
+                 "geometry", "segments", "word_cycles", "begin", "end", "ready")
 
     def __init__(self, pc, opcode, f):
         self.pc, self.opcode, self.unit, self.f = pc, opcode, isa.UNIT_OF[opcode], f
         #: Load: [(beats, units of the first beat, units of the others, units of the last)], the first burst of the last
         #: request, cycles of writing, beats read. Execute: [(steps, tile beats or -1 for held)].
         self.bursts, self.last_request, self.cycles, self.beats, self.groups = (), 0, 0, 0, ()
+        #: EXECUTE_BASIS: see `golden.basis_cycles`.
+        self.geometry = self.segments = self.word_cycles = None
         self.begin = self.end = self.ready = 0
 
 
@@ -202,8 +216,13 @@ class _Program:
     def __init__(self, config, words, memory):
         self.config, self.sizes, self.memory = config, Sizes(config), memory
         z = self.sizes
-        self.record = step_entry(config.structured.taps)
-        self.patterns = {p.n.bit_length() - 1: z.tile_beats(p.n) for p in config.structured.patterns}
+        structured, maps = config.structured, config.basis is not None and config.basis.coefficients == "maps"
+        if structured is not None:
+            self.record = step_entry(structured.taps)
+            self.patterns = {p.n.bit_length() - 1: z.tile_beats(p.n) for p in structured.patterns}
+        #: Maps: the weight buffer as it stands now, for how long maps take to decode depends on them.
+        self.weights = np.zeros((z.weight_beats, z.beat_bytes), np.uint8) if maps else None
+        self._geometries, self._segments = {}, {}
         #: Tile beats of each entry of the step table as it stands now; -1 held, -2 unknown pattern, -3 not loaded.
         self.table = np.full(config.memory.step_entries, -3, np.int64)
         self.instructions, tokens, self._groups = [], {(a, b): 0 for a in _UNITS for b in _UNITS}, {}
@@ -212,6 +231,8 @@ class _Program:
             if code not in _FIELDS:
                 raise ValueError(f"Instruction {pc} must have a known operation code")
             opcode = Opcode(code)
+            if opcode is Opcode.EXECUTE and structured is None or opcode is Opcode.EXECUTE_BASIS and config.basis is None:
+                raise ValueError(f"Instruction {pc} must not be {opcode.name}, for which there is no engine")
             i = _Instruction(pc, opcode, {name: word >> at & mask for name, at, mask in _FIELDS[opcode]})
             self._check_tokens(i, tokens)
             self.instructions.append(i)
@@ -224,6 +245,8 @@ class _Program:
                 i.cycles = int((-(-(rows + i.f["blocks"]) // z.banks)).sum())
             elif opcode is Opcode.EXECUTE:
                 i.groups = self._steps(i)
+            elif opcode is Opcode.EXECUTE_BASIS:
+                self._basis(i)
             elif opcode is Opcode.END:
                 break
         if not self.instructions or self.instructions[-1].opcode is not Opcode.END:
@@ -289,6 +312,25 @@ class _Program:
         i.cycles = i.beats = f["beats"]
         if f["target"] == LinearTarget.STEP:
             self._note_steps(i)
+        elif f["target"] == LinearTarget.WEIGHT and self.weights is not None:
+            count = min(f["beats"], z.weight_beats - f["base"])
+            data = self.memory[f["address"]:f["address"] + count * z.beat_bytes].reshape(-1, z.beat_bytes)
+            self.weights[f["base"]:f["base"] + len(data)] = data
+
+    def _basis(self, i):
+        """Geometry of a pass, once for all that are alike; with maps how long its coefficients take to decode."""
+        f = i.f
+        key = tuple(f[name] for name in _GEOMETRY)
+        if key not in self._geometries:
+            self._geometries[key] = Geometry(self.config, f)
+        i.geometry = self._geometries[key]
+        if self.weights is not None and f["coefficients"]:
+            first = f["weight"] + f["taps"] * self.sizes.tap_row_beats
+            data = self.weights[first:first + f["coefficients"]]
+            key = f["groups"], data.tobytes()
+            if key not in self._segments:
+                self._segments[key] = segment_words(data, self.config, f["groups"])
+            i.segments = self._segments[key]
 
     def _note_steps(self, i):
         f, z, record = i.f, self.sizes, self.record
@@ -405,6 +447,9 @@ class _Run:
         # execute
         self.execute_next, self.loader_free, self.shadow_free = 0, 0, 0
         self.step_begin = self.step_end = self.issue_end = self.execute_end = 0
+        self.structured_end = self.basis_end = 0        # when an engine had nothing left to do
+        self.basis = None if config.basis is None else BasisEngine(
+            config, waiting=self._store_token, finish=self._end_execute, count=self.count)
         # store
         self.store_next, self.store_free, self.store_start, self.store_read = 0, 0, 0, 0
         self.store_settled, self.store_out, self.store_beat, self.store_end = 0, 0, 0, 0
@@ -414,7 +459,7 @@ class _Run:
         self.responses = deque([0] * bus.outstanding_writes, bus.outstanding_writes)
 
     # -- the whole -----------------------------------------------------------------------------------------------------
-    def simulate(self):
+    def simulate(self, saturations):
         """Issue burst after burst until END."""
         self._settle()
         while self.done is None:
@@ -428,6 +473,7 @@ class _Run:
                 raise ValueError(f"Instruction {self.pc} must not wait for what never happens (deadlock)")
             self._settle()
         self._discard()
+        self.count["SATURATIONS"] = saturations
         return self._result()
 
     def _settle(self):
@@ -538,6 +584,7 @@ class _Run:
                 if i.opcode is not Opcode.HEADER:
                     if not (self.load_writes == len(self.queues[0].written) and not self.sends
                             and self.execute_next == len(self.queues[1].written)
+                            and not (self.basis and self.basis.busy())
                             and self.store_next == len(self.queues[2].written)):
                         return moved
                     at = max(at, self.load_end + 2, self.load_sent + 2, self.execute_end + 1, self.store_end + 1)
@@ -648,22 +695,66 @@ class _Run:
 
     # -- execute -------------------------------------------------------------------------------------------------------
     def _execute(self):
-        moved, queue, own = False, self.queues[Unit.EXECUTE], self.by_unit[Unit.EXECUTE]
+        basis, queue, own = self.basis, self.queues[Unit.EXECUTE], self.by_unit[Unit.EXECUTE]
+        moved = basis is not None and basis.advance()
         while self.execute_next < len(own):
             shown = queue.shown()
             if shown is None:
                 return moved
             i = own[self.execute_next]
+            if i.geometry is not None:
+                if not self._accept_basis(i, shown):
+                    return moved
+                self.execute_next += 1
+                basis.advance()
+                moved = True
+                continue
+            # an engine begins when the other has ended
+            if basis is not None and basis.busy():
+                return moved
             tokens = self._waiting(i)
             if tokens is None:
                 return moved
             for giver in i.waits:
                 self.spent[giver, i.unit] += 1
+            shown = max(shown, self.basis_end)
             self._run_steps(i, shown, tokens.get(Unit.LOAD, 0), tokens.get(Unit.STORE, 0))
             queue.taken.append(i.begin)
             self.execute_next += 1
             moved = True
         return moved
+
+    def _accept_basis(self, i, shown):
+        """A pass enters the basis engine; False if it is not yet known when. Its token of the store unit waits there."""
+        free, token = self.basis.loader_free(), 0
+        if free is None:
+            return False
+        if Unit.LOAD in i.waits:
+            given, n = self.tokens[Unit.LOAD, Unit.EXECUTE], self.spent[Unit.LOAD, Unit.EXECUTE]
+            if len(given) <= n:
+                return False
+            token = given[n]
+            self.spent[Unit.LOAD, Unit.EXECUTE] += 1
+        shown = max(shown, free, self.structured_end)
+        i.begin = max(shown, token)
+        self.queues[Unit.EXECUTE].taken.append(i.begin)
+        self.basis.accept(i, shown=shown, begin=i.begin, word_cycles=i.word_cycles)
+        return True
+
+    def _store_token(self, i):
+        """When the token of the store unit for the next pass is there: 0 without one, None if that is not known."""
+        if Unit.STORE not in i.waits:
+            return 0
+        given, n = self.tokens[Unit.STORE, Unit.EXECUTE], self.spent[Unit.STORE, Unit.EXECUTE]
+        if len(given) <= n:
+            return None
+        self.spent[Unit.STORE, Unit.EXECUTE] += 1
+        return given[n]
+
+    def _end_execute(self, i, at):
+        i.end = self.execute_end = self.basis_end = at
+        for taker in i.pushes:
+            self.tokens[Unit.EXECUTE, taker].append(at)
 
     def _run_steps(self, i, shown, load, store):
         count, pixels = self.count, i.f["rows"] * i.f["cols"]
@@ -688,7 +779,7 @@ class _Run:
         count["EXECUTE_ISSUE"] += pixels * steps
         count["EXECUTE_WAIT_WEIGHTS"] += at - begin - pixels * (steps - 1) - max(0, self.issue_end - begin)
         self.loader_free, self.step_end, self.shadow_free, self.issue_end = at + 1, end, free, at + pixels
-        i.end = self.execute_end = self.issue_end + EXECUTE_LATENCY
+        i.end = self.execute_end = self.structured_end = self.issue_end + EXECUTE_LATENCY
         for taker in i.pushes:
             self.tokens[Unit.EXECUTE, taker].append(self.execute_end)
 

@@ -18,6 +18,8 @@ from spec.errors import InputError
 GOOD, MISMATCH, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 #: Steps shorter than this show no progress.
 PROGRESS_AFTER_SECONDS = 2.0
+#: Samples whose feature maps `run --activations` looks at.
+ACTIVATION_SAMPLES = 100
 
 
 # -- output ------------------------------------------------------------------------------------------------------------
@@ -223,6 +225,18 @@ def _tell_basis(network):
               f"({facts['samples']} samples, {facts['split']})")
 
 
+def _print_activations(network, tensors):
+    """Share of zeros in every feature map, and its size as map and non-zeros against a byte per element."""
+    rows, whole, packed = [], 0, 0
+    for name, values in tensors.items():
+        zeros = float((values == network.tensors[name].zero_point).mean())
+        bits = values.size * (1 + 8 * (1 - zeros))      # one map bit each, a byte for those that are not zero
+        whole, packed = whole + 8 * values.size, packed + bits
+        rows.append((name, "x".join(map(str, values.shape[1:])), f"{zeros:.3f}", f"{bits / (8 * values.size):.3f}"))
+    table(f"feature maps of {len(values)} samples", ("tensor", "shape", "zeros", "map + non-zeros / raw"),
+          [*rows, ("total", "", "", f"{packed / whole:.3f}")])
+
+
 def run(args):
     """Runs a package in exact integers, or an ONNX file in ONNX Runtime."""
     import numpy as np
@@ -246,7 +260,10 @@ def run(args):
             net = package.load(args.model)
             x, labels, source = load_inputs(args, net)
             y = engine.predict(net, x)
+            held = engine.run(net, engine.quantize_input(net, x[:ACTIVATION_SAMPLES]), keep=True) if args.activations else {}
     print(f"{len(x)} samples ({source}), output {list(y.shape)}")
+    if held:
+        _print_activations(net, held)
     if labels is not None:
         print(f"accuracy {100 * float((graph.top1(y) == labels).mean()):.2f} %")
     if args.out:
@@ -569,6 +586,8 @@ def parser():
     sub.add_argument("--input", metavar="F", help=data)
     sub.add_argument("--images", type=_positive, metavar="N", help="samples to take (all)")
     sub.add_argument("--out", metavar="F.npz", help="file for the outputs (y)")
+    sub.add_argument("--activations", action="store_true",
+                     help=f"zeros in the feature maps of up to {ACTIVATION_SAMPLES} samples (packages)")
 
     sub = command(
         "cosim", cosim, "cosim models/digits.onnx --method tasd:4:8+1:8 --config nm256 --input demo:heldout --images 20"

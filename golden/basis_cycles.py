@@ -98,30 +98,9 @@ class Geometry:
         return np.cumsum(self.parts).tolist()
 
 
-def segment_words(data, config, groups):
-    """(beats of the segment table, [(beats, words) of each block's segment]) of map coefficients as they lie in memory.
-
-    Args: data: uint8 [beats, beat bytes]. Words are those the decoder takes: without the zeros behind the last.
-    """
-    b, z = config.basis, Sizes(config)
-    table = z.segment_table_beats
-    lengths = data[:table].reshape(-1).view("<u2")[:b.blocks].tolist()
-    out, at = [], table
-    for beats in lengths:
-        bits = np.unpackbits(data[at:at + beats].reshape(-1), bitorder="little").reshape(-1, b.group)
-        counts, words = bits.sum(axis=1).tolist(), 0
-        left = 0
-        for _ in range(b.slices):
-            for _ in range(ceil_div(groups, b.group)):
-                present, words = counts[words] if words < len(counts) else 0, words + 1
-                for _ in range(present):
-                    found, words = counts[words] if words < len(counts) else 0, words + 1
-                    if found > left:
-                        left, words = left + b.group, words + 1
-                    left -= found
-        out.append((beats, words))
-        at += beats
-    return table, out
+def segment_words(data, config):
+    """Words of each block's segment of map coefficients. Args: data: uint8 [beats, beat bytes], as they lie in memory."""
+    return tuple(data[:Sizes(config).segment_table_beats].reshape(-1).view("<u2")[:config.basis.blocks].tolist())
 
 
 class _Word:
@@ -271,21 +250,27 @@ class BasisEngine:
             n += 1
 
     def _load_maps(self, p, start):
-        """When the pass can be offered, from the cycle in which the load of its coefficients starts."""
+        """When the pass can be offered, from the cycle in which the load of its coefficients starts.
+
+        After the segment table, a beat goes to a decoder in each cycle, one that holds words of several segments to one after
+        the other. A decoder first clears the rows, then takes a word per cycle, a cycle behind its queue.
+        """
         b, z = self.config.basis, self.sizes
-        table, segments = p.i.segments
-        if (key := (p.g.groups, table, tuple(segments))) in self.loads:
+        if (key := (p.g.groups, p.i.segments)) in self.loads:
             return start + self.loads[key]
-        per = self.config.bus.data_bits // b.group
-        clear, x, end = ceil_div(p.g.groups, b.stream_groups), 1 + table, 0
-        for beats, words in segments:
-            got, dropped = [], clear                    # beats that left the decoder's queue; the last word's cycle
-            for k in range(beats):
-                x = max(x + 1, got[k - DECODER_BEATS] + 1 if k >= DECODER_BEATS else 0)
-                got.append(max(x + 1, dropped) if k else x + 1)
-                dropped = max(got[-1], dropped) + min(per, words - k * per)
+        per, clear = self.config.bus.data_bits // b.group, ceil_div(p.g.groups, b.stream_groups)
+        put, end, first = 1 + z.segment_table_beats, 0, 0
+        for words in p.i.segments:
+            got, dropped, last = [], clear, first + words   # got: beats that left the queue; dropped: last word taken
+            while first < last:
+                n = min(per - first % per, last - first)
+                room = got[-DECODER_BEATS] + 1 if len(got) >= DECODER_BEATS else 0
+                put = max(put + 1, room)
+                got.append(max(put + 1, dropped) if got else put + 1)
+                dropped = max(got[-1], dropped) + n
+                first += n
             end = max(end, dropped + 1)
-        self.loads[key] = max(end, x + 1) + 2
+        self.loads[key] = max(end, put + 1) + 2
         return start + self.loads[key]
 
     # -- streamer: issue -----------------------------------------------------------------------------------------------

@@ -220,9 +220,9 @@ class _Program:
         if structured is not None:
             self.record = step_entry(structured.taps)
             self.patterns = {p.n.bit_length() - 1: z.tile_beats(p.n) for p in structured.patterns}
-        #: Maps: the weight buffer as it stands now, for how long maps take to decode depends on them.
+        #: Maps: the weight buffer as it stands now, for their segments decide how long a load takes.
         self.weights = np.zeros((z.weight_beats, z.beat_bytes), np.uint8) if maps else None
-        self._geometries, self._segments = {}, {}
+        self._geometries = {}
         #: Tile beats of each entry of the step table as it stands now; -1 held, -2 unknown pattern, -3 not loaded.
         self.table = np.full(config.memory.step_entries, -3, np.int64)
         self.instructions, tokens, self._groups = [], {(a, b): 0 for a in _UNITS for b in _UNITS}, {}
@@ -318,7 +318,7 @@ class _Program:
             self.weights[f["base"]:f["base"] + len(data)] = data
 
     def _basis(self, i):
-        """Geometry of a pass, once for all that are alike; with maps how long its coefficients take to decode."""
+        """Geometry of a pass, once for all that are alike; with maps how long its segments are."""
         f = i.f
         key = tuple(f[name] for name in _GEOMETRY)
         if key not in self._geometries:
@@ -326,11 +326,7 @@ class _Program:
         i.geometry = self._geometries[key]
         if self.weights is not None and f["coefficients"]:
             first = f["weight"] + f["taps"] * self.sizes.tap_row_beats
-            data = self.weights[first:first + f["coefficients"]]
-            key = f["groups"], data.tobytes()
-            if key not in self._segments:
-                self._segments[key] = segment_words(data, self.config, f["groups"])
-            i.segments = self._segments[key]
+            i.segments = segment_words(self.weights[first:first + f["coefficients"]], self.config)
 
     def _note_steps(self, i):
         f, z, record = i.f, self.sizes, self.record

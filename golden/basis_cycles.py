@@ -5,13 +5,13 @@ constants. The parts are coroutines, each of which runs until it needs a time th
 
 * **Loader**: 2 cycles from its acceptance a pass may load taps, when the half it fills is not used any more, then
   coefficients, then it is offered; it goes when the streamer has issued the pass before and fewer than 2 passes wait.
-* **Issue** (streamer): a word per cycle, as long as the last of its two registers is free or taken; a cycle for each row
-  that no kernel row needs. A pass that goes as the last word of the one before is issued leaves no gap.
-* **Entry**: words leave the streamer into the coefficient stage or the queue of direct values. Series: three registers that
-  move together, so that a pixel leaves three moves behind its last word; they stand while a pixel meets a full queue. Maps:
-  a word stays for its cycles; the adders, the sum and the output register behind it hold one pixel each.
-* **Multiply**: values are pushed into the window ahead of their use; an output takes its micro-steps one after the other
-  as soon as what it needs has been pushed, and each output that ends makes room for ``stride`` pushes.
+* **Issue** (streamer): a word per cycle, as long as the last of its two registers is free or taken; a cycle for each
+  row that no kernel row needs. A pass that goes as the last word of the one before is issued leaves no gap.
+* **Entry**: words leave the streamer into the coefficient stage or the queue of direct values. Series: three registers
+  that move together, so that a pixel leaves three moves behind its last word; they stand while a pixel meets a full
+  queue. Maps: a word stays for its cycles; adders, sum and output register behind it hold one pixel each.
+* **Multiply**: values are pushed into the window ahead of their use; an output takes its micro-steps one after the
+  other as soon as what it needs has been pushed, and each output that ends makes room for ``stride`` pushes.
 
 The grain is the pixel; POINTWISE passes are closed forms. Times are cycles from the start of the program.
 """
@@ -21,7 +21,7 @@ from functools import cached_property
 import numpy as np
 
 from spec.derive import Sizes, ceil_div
-from spec.isa import SERIES_TERMS, Mode, Unit
+from spec.isa import SERIES_TERMS, Mode
 
 #: From the acceptance of a pass to its first load or offer; a load's cycles beside its beats.
 LOADER_CHECK, LOADER_LOAD = 2, 3
@@ -44,8 +44,8 @@ class Geometry:
     """What the engine does for an EXECUTE_BASIS, from its fields alone; equal for all passes of a shape.
 
     ``runs``: [(rows before that nobody needs, micro-steps of an output in each of the rows that follow one another)];
-    ``behind``: rows behind the last that nobody needs. ``words``: stream words of a pixel; ``parts``: values that each word
-    of a pixel gives without the coefficient stage, None for DECOMPOSED. ``steps``: micro-steps.
+    ``behind``: rows behind the last that nobody needs. ``words``: stream words of a pixel; ``parts``: values that each
+    word of a pixel gives without the coefficient stage, None for DECOMPOSED. ``steps``: micro-steps.
     """
 
     def __init__(self, config, f):
@@ -99,7 +99,7 @@ class Geometry:
 
 
 def segment_words(data, config):
-    """Words of each block's segment of map coefficients. Args: data: uint8 [beats, beat bytes], as they lie in memory."""
+    """Words of each block's segment of map coefficients. Args: data: uint8 [beats, beat bytes], as in memory."""
     return tuple(data[:Sizes(config).segment_table_beats].reshape(-1).view("<u2")[:config.basis.blocks].tolist())
 
 
@@ -113,7 +113,7 @@ class _Word:
 
 
 class _Bulk:
-    """Words ``first .. last - 1`` of a run, each following the one before without a gap; ``e``: when the last is gone."""
+    """Words ``first .. last - 1`` of a run, each right behind the one before; ``e``: when the last is gone."""
 
     __slots__ = ("e", "geometry", "first", "last", "cost")
 
@@ -133,9 +133,11 @@ class _Pass:
 
 
 class BasisEngine:
-    """All passes of a run. Args: config; waiting: function of an instruction that gives the time of its token of the store
-    unit, 0 if it wants none, None if not known; finish: called with (instruction, cycle in which the engine is done with
-    it), in order; count: dict of counters.
+    """All passes of a run.
+
+    Args: config. waiting: gives for an instruction the time of its token of the store unit, 0 if it wants none, None if
+        that is not known; asked in order, until it is known. finish: called with (instruction, first cycle in which the
+        engine has nothing left to do with it), in order. count: dict of counters, added to.
     """
 
     def __init__(self, config, *, waiting, finish, count):
@@ -155,8 +157,8 @@ class BasisEngine:
         self.entered, self.behind, self.left = [], [], []
         self.popped = []
         self.passed, self.stalled, self.last_move = 0, 0, _PAST
-        # maps: words at the lanes (when, cycles, the pixel's last), last one taken from there, last addition, for each pixel
-        # its last addition and when the sum was handed on
+        # maps: words at the lanes (when, cycles, the pixel's last), last cycle of those that left, last addition, for
+        # each pixel its last addition and when the sum was handed on
         self.lanes, self.pick, self.added, self.ended, self.given = deque(), _PAST, _PAST, [], []
         # values that do not pass the coefficient stage
         self.direct_left, self.direct_popped = [], []
@@ -174,10 +176,10 @@ class BasisEngine:
         return (self.gone[-1] + 1 if n else 0) if len(self.gone) == n else None
 
     def accept(self, i, *, shown, begin, word_cycles=None):
-        """A pass enters the loader at ``begin``, because of a token not in cycle ``shown``, when the loader was ready for it.
+        """A pass enters the loader at ``begin``; without the token that it waits for it would have at ``shown``.
 
-        ``i``: its instruction: fields ``f``, ``geometry``, with maps ``segments`` (`segment_words`). ``word_cycles``: cycles
-        of its stream words [rows, columns, words]; None: one each.
+        ``i``: its instruction: fields ``f``, ``geometry``, with maps ``segments`` (`segment_words`). ``word_cycles``:
+        cycles of its stream words [rows, columns, words]; None: one each.
         """
         g = i.geometry
         cost = None
@@ -252,8 +254,8 @@ class BasisEngine:
     def _load_maps(self, p, start):
         """When the pass can be offered, from the cycle in which the load of its coefficients starts.
 
-        After the segment table, a beat goes to a decoder in each cycle, one that holds words of several segments to one after
-        the other. A decoder first clears the rows, then takes a word per cycle, a cycle behind its queue.
+        After the segment table, a beat goes to a decoder in each cycle, one that holds words of several segments to one
+        after the other. A decoder first clears the rows, then takes a word per cycle, a cycle behind its queue.
         """
         b, z = self.config.basis, self.sizes
         if (key := (p.g.groups, p.i.segments)) in self.loads:
@@ -328,7 +330,7 @@ class BasisEngine:
             self.moved = True
             n += 1
 
-    # -- streamer: words into the stage, or past it ----------------------------------------------------------------------
+    # -- streamer: words into the stage, or past it --------------------------------------------------------------------
     def _enter(self):
         chunks, before = self.chunks, _PAST                 # before: when the last word was gone
         while True:
@@ -492,7 +494,7 @@ class BasisEngine:
                 return
             self.moved = True
 
-    # -- multipliers -----------------------------------------------------------------------------------------------------
+    # -- multipliers ---------------------------------------------------------------------------------------------------
     def _multiply(self):
         n, before = 0, _PAST
         while True:
@@ -518,7 +520,10 @@ class BasisEngine:
             n += 1
 
     def _pointwise(self, g, at):
-        """A value per micro-step, and each is pushed as the one before is used; once the first is there, all are in time."""
+        """A value per micro-step, each pushed as the one before is used.
+
+        Once the first is there, all are in time: a queue with room for two gives a value per cycle.
+        """
         left, popped = self.direct_left, self.direct_popped
         n = len(popped)
         while len(left) <= n:
@@ -579,10 +584,10 @@ class BasisEngine:
             at = end
         return at + g.behind
 
-    # -- counters --------------------------------------------------------------------------------------------------------
+    # -- counters ------------------------------------------------------------------------------------------------------
     def _account(self, n, before, token):
-        """Each cycle of pass ``n`` has one cause: micro-step, values missing, token of the store unit, loader, token of the
-        load unit, in this order. ``before``: last cycle of the pass before."""
+        """Give each cycle of pass ``n`` its cause: micro-step, missing values, token of the store unit, loader,
+        token of the load unit, in this order. ``before``: last cycle of the pass before."""
         p, count, taken, done = self.passes[n], self.count, self.taken[n], self.done[n]
         self.intervals.append((taken + 1, done))
         count["EXECUTE_ISSUE"] += p.g.steps

@@ -27,12 +27,14 @@ of equal steps; within these, closed forms.
 * **Execute**: a step is offered ``n + 1`` cycles after its n beats of weights can begin: 3 cycles after the step
   before began, and 4 after the last tile was swapped in. It takes a cycle per pixel. (The second cycle of a single
   pixel hides behind the table read, as no step follows another within less than 3.)
+* **Execute**, basis engine: see `golden.basis_cycles`. An engine begins when the other has nothing left to do.
 * **Store**: parameters are read ahead; a run begins when the one before has left the requantiser. A pixel per cycle
   through a pipeline that stops as a whole while a beat waits for its burst to be issued; a burst per cycle is issued,
   ``outstanding_writes`` from issue to acknowledgement.
 
 **Limits**: programs without errors, in which tokens and barriers order what depends on each other (`golden.machine`
-finds both kinds of fault); step tables that the program does not make itself; no random memory stalls; no watchdog.
+finds both kinds of fault); step tables and map coefficients that the program does not make itself; no random memory
+stalls; no watchdog.
 """
 from collections import deque
 from dataclasses import dataclass
@@ -107,8 +109,9 @@ class Event:
 class Segment:
     """What happened up to a BARRIER since the one before (or start): why those cycles were spent.
 
-    ``execute``: cycles by state: idle, issue, wait for load, wait for store, wait for weights, wait for coefficients (the
-    order of the port ``trace_execute``). ``load_busy`` and ``store_busy``: cycles of the other units' work in the same time.
+    ``execute``: cycles by state: idle, issue, wait for load, wait for store, wait for weights, wait for coefficients
+    (the order of the port ``trace_execute``). ``load_busy`` and ``store_busy``: cycles of the other units' work in the
+    same time.
     """
 
     mark: int
@@ -163,8 +166,8 @@ def predict(config, program_words, memory, *, memory_latency_cycles=16, write_la
         program_offset: bytes, a multiple of the beat: where the program lies, for a burst ends at 4 KiB. None: where
             the image holds these words, 0 if it does not.
         word_cycles: maps only, {instruction number: cycles of each stream word [rows, columns, words]} as
-            `golden.machine.Machine` records them, for they depend on the data. An instruction that is not in it, or None:
-            each word takes one cycle, and what is predicted is a lower bound.
+            `golden.machine.Machine` records them, for they depend on the data. An instruction that is not in it, or
+            None: each word takes one cycle, and what is predicted is a lower bound.
         saturations: what the counter SATURATIONS is going to show; it depends on the data alone.
     Returns: `Prediction`.
     Raises: ValueError for a latency below 1 and for a program that is not one: unknown operation, a wait without token,
@@ -231,7 +234,8 @@ class _Program:
             if code not in _FIELDS:
                 raise ValueError(f"Instruction {pc} must have a known operation code")
             opcode = Opcode(code)
-            if opcode is Opcode.EXECUTE and structured is None or opcode is Opcode.EXECUTE_BASIS and config.basis is None:
+            if opcode is Opcode.EXECUTE and structured is None or \
+                    opcode is Opcode.EXECUTE_BASIS and config.basis is None:
                 raise ValueError(f"Instruction {pc} must not be {opcode.name}, for which there is no engine")
             i = _Instruction(pc, opcode, {name: word >> at & mask for name, at, mask in _FIELDS[opcode]})
             self._check_tokens(i, tokens)
@@ -721,7 +725,7 @@ class _Run:
         return moved
 
     def _accept_basis(self, i, shown):
-        """A pass enters the basis engine; False if it is not yet known when. Its token of the store unit waits there."""
+        """A pass enters the basis engine; False if it is not known when. The engine takes the store unit's token."""
         free, token = self.basis.loader_free(), 0
         if free is None:
             return False

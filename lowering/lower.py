@@ -28,6 +28,8 @@ class LayerInfo:
     input: str
     output: str
     residual: str | None
+    #: Multipliers of the engine that runs it.
+    multipliers: int
     #: Multiplications of the dense layer, all images; 0 for pooling and addition.
     macs_dense: int
     #: Multiplications the engine performs, idle slots included: steps x pixels x multipliers of the structured engine,
@@ -178,8 +180,10 @@ def _emit(emitter, layer, following, program):
         following.begin(emitter)
         following.preload()
     program.barrier(emitter.job.mark)
-    job = emitter.job
+    job, config = emitter.job, emitter.sizes.config
+    engine = config.basis.multiplications if isinstance(emitter, BasisEmitter) else config.structured.multipliers
     return LayerInfo(
+        multipliers=engine,
         name=layer.name, op=job.op, format=job.format, mark=job.mark, input=layer.input, output=layer.output,
         residual=layer.residual, macs_dense=job.macs_dense, macs_executed=emitter.macs_executed,
         steps=emitter.steps_total, first_instruction=first, last_instruction=len(program.instructions) - 1,

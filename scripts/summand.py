@@ -412,11 +412,13 @@ def estimate(args):
         lowered = lower(network, config, batch=args.batch)
         memory = lowered.new_memory()
         words = cycles.program_words(config, memory, lowered.program_offset, lowered.instruction_count)
-        predicted = cycles.predict(config, words, memory, memory_latency_cycles=args.latency)
+        predicted = cycles.predict(config, words, memory, memory_latency_cycles=args.latency,
+                                   program_offset=lowered.program_offset)
     ends = dict(predicted.marks)
-    rows, before, multipliers = [], 0, config.multipliers
+    rows, before, possible = [], 0, 0
     for info in lowered.layers:
         spent, before = ends[info.mark] - before, ends[info.mark]
+        possible += info.multipliers * spent
         rows.append(
             (
                 info.name,
@@ -424,7 +426,7 @@ def estimate(args):
                 _number(info.macs_dense),
                 _number(info.macs_executed),
                 _number(spent),
-                f"{info.macs_executed / (multipliers * spent):.3f}",
+                f"{info.macs_executed / (info.multipliers * spent):.3f}",
             )
         )
     executed, dense = (sum(getattr(i, n) for i in lowered.layers) for n in ("macs_executed", "macs_dense"))
@@ -435,7 +437,7 @@ def estimate(args):
             _number(dense),
             _number(executed),
             _number(predicted.cycles),
-            f"{executed / (multipliers * predicted.cycles):.3f}",
+            f"{executed / possible:.3f}",
         )
     )
     table(
@@ -446,6 +448,8 @@ def estimate(args):
     beat = config.bus.data_bits // 8
     read, written = (predicted.counters[n] * beat for n in ("READ_BEATS", "WRITE_BEATS"))
     print(f"{read:,} bytes read, {written:,} written, {(read + written) / predicted.cycles:.2f} bytes per cycle")
+    if config.basis is not None and config.basis.coefficients == "maps":
+        print("a lower bound: how long irregular coefficients take depends on the activations (cosim knows them)")
     return GOOD
 
 

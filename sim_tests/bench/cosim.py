@@ -193,13 +193,6 @@ class _Compared:
             )
 
 
-def engine_multipliers(layer, config):
-    """Multipliers of the engine that runs a layer: decomposed ones, and everything where there is no other engine, run
-    on the basis engine."""
-    on_basis = config.structured is None or isinstance(layer, BasisConvolution)
-    return config.basis.multiplications if on_basis else config.structured.multipliers
-
-
 def _nonzero_macs(layer, tensors, batch):
     """Products with a non-zero stored weight; of a decomposed layer those of the basis, for which it has multipliers."""
     if isinstance(layer, BasisConvolution):
@@ -229,13 +222,14 @@ def _outside(lowered, before, after):
     return int(np.count_nonzero(changed))
 
 
-def _predictions(lowered, latency):
-    """Cycles of each layer from the cycle model."""
+def _predictions(lowered, latency, machine):
+    """Cycles of each layer from the cycle model; ``machine`` ran the program and knows what its cycles owe to the data."""
     memory = lowered.new_memory()
     words = cycles.program_words(lowered.config, memory, lowered.program_offset, lowered.instruction_count)
-    return _differences(
-        end for _, end in cycles.predict(lowered.config, words, memory, memory_latency_cycles=latency).marks
-    )
+    predicted = cycles.predict(
+        lowered.config, words, memory, memory_latency_cycles=latency, program_offset=lowered.program_offset,
+        word_cycles=machine.basis_word_cycles, saturations=machine.counts["saturations"])
+    return _differences(end for _, end in predicted.marks)
 
 
 def prepare(config, *, waves=False, progress=None):
@@ -349,7 +343,8 @@ def cosimulate(
         want = None
         if start == 0:  # the machine also says what padding channels hold
             want = before.copy()
-            Machine(config, want, hazards=False).run(lowered.program_offset, lowered.instruction_count)
+            machine = Machine(config, want, hazards=False, record_cycles=True)
+            machine.run(lowered.program_offset, lowered.instruction_count)
         with lock:
             for info in lowered.layers:
                 compared[info.name].add(
@@ -366,7 +361,7 @@ def cosimulate(
                     )
                     for name in lowered.outputs
                 ) - sum(c.mismatches for c in compared.values())
-                first = result, golden
+                first = result, golden, machine
             outputs[start] = lowered.read_tensor(result.memory, lowered.outputs[-1])[:count]
             done += 1
             tell("simulating", done / len(starts))
@@ -375,7 +370,7 @@ def cosimulate(
     one_first = one(starts[0])
     with ThreadPoolExecutor(max_workers=workers) as pool:
         speeds = [one_first, *pool.map(one, starts[1:])]
-    result, golden = first
+    result, golden, machine = first
 
     spent = _layer_cycles(result)
     dense_cycles = [None] * len(spent)
@@ -408,11 +403,10 @@ def cosimulate(
     beat_bytes = config.bus.data_bits // 8
     rows = []
     for info, mark, n, n_dense, predicted in zip(
-        lowered.layers, result.marks, spent, dense_cycles, _predictions(lowered, latency)
+        lowered.layers, result.marks, spent, dense_cycles, _predictions(lowered, latency, machine)
     ):
         c, nonzero = compared[info.name], _nonzero_macs(by_name[info.name], network.tensors, batch)
-        multipliers = engine_multipliers(by_name[info.name], config)
-        executed = mark["execute"][1] * multipliers
+        executed = mark["execute"][1] * info.multipliers
         sqnr = None
         if floats and info.output in floats:
             sqnr = _sqnr_db(
@@ -424,14 +418,14 @@ def cosimulate(
                 op=info.op,
                 format=info.format,
                 macs_dense=info.macs_dense,
-                multipliers=multipliers,
+                multipliers=info.multipliers,
                 macs_executed=executed,
                 macs_nonzero=nonzero,
                 cycles=n,
                 cycles_predicted=predicted,
                 cycles_dense=n_dense,
-                utilization=executed / (multipliers * n),
-                utilization_nonzero=nonzero / (multipliers * n),
+                utilization=executed / (info.multipliers * n),
+                utilization_nonzero=nonzero / (info.multipliers * n),
                 dram_bytes_read=mark["read_beats"] * beat_bytes,
                 dram_bytes_written=mark["write_beats"] * beat_bytes,
                 elements=c.elements,

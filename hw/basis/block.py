@@ -30,7 +30,7 @@ class BasisBlock(wiring.Component):
             "ir": In(data.ArrayLayout(signed(sizes.intermediate.bits), b.slices)),
             "direct": In(data.ArrayLayout(signed(sizes.operand.bits), direct_width(config))),
             "push": In(1), "dense": In(1), "pointwise": In(1),
-            "position": In(data.ArrayLayout(range(b.window), b.multipliers)), "enable": In(b.multipliers),
+            "position": In(data.ArrayLayout(range(max(b.window, 2)), b.multipliers)), "enable": In(b.multipliers),
             "taps": In(data.ArrayLayout(signed(8), b.slices * b.multipliers)), "keep": In(1), "add": In(1),
             "sum": Out(Shape(sizes.basis_sum.bits, True))}
 

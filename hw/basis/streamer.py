@@ -153,7 +153,7 @@ class BasisStreamer(wiring.Component):
                         current[g][8 * c:8 * c + 8].as_signed() - about1.zero_point)
 
         # -- where it goes -------------------------------------------------------------------------------------------
-        part = Signal(range(b.stream_groups))       # POINTWISE: group of the word at hand
+        part = Signal(range(max(b.stream_groups, 2)))   # POINTWISE: group of the word at hand
         to_stage = about2.mode == Mode.DECOMPOSED
         pointwise = about2.mode == Mode.POINTWISE
         last_part = Signal()

@@ -20,22 +20,30 @@ def simulator_of(config):
 
 def machine_says(config, memory, program, count):
     """(Error, address), or the memory after a good run."""
-    memory = memory.copy()
+    says = run_machine(config, memory, program, count)
+    return says.memory if isinstance(says, Machine) else says
+
+
+def run_machine(config, memory, program, count):
+    """(Error, address), or the machine after a good run."""
+    machine = Machine(config, memory.copy())
     try:
-        Machine(config, memory).run(program, count)
+        machine.run(program, count)
     except MachineError as error:
         return error.code, error.address
-    return memory
+    return machine
 
 
-def verdict(simulator, config, memory, program, count, seed, name, *, latency=None, stall=None):
+def verdict(simulator, config, memory, program, count, seed, name, *, latency=None, stall=None,
+            inspect=None):
     """Run on both and compare; returns the kind of outcome. Raises AssertionError where they part.
 
     Both end well: the memories are equal. The machine reports an error that hardware has: so does the accelerator, with
     its interrupt. The machine reports what hardware cannot see (code NONE): the accelerator ends somehow. Always: an
-    end, no broken rule of the bus, no access outside the window.
+    end, no broken rule of the bus, no access outside the window. After a good run ``inspect`` gets the machine and the
+    accelerator's `Run` and may object.
     """
-    want = machine_says(config, memory, program, count)
+    want = run_machine(config, memory, program, count)
     run = simulate(
         simulator,
         memory,
@@ -51,10 +59,12 @@ def verdict(simulator, config, memory, program, count, seed, name, *, latency=No
     assert not run.protocol, f"{name}: {run.protocol}"
     status = run.registers["STATUS"]
     assert status == (0b0100 if run.error else 0b0010), f"{name}: STATUS {status:#x} with {run.error.name}"
-    if isinstance(want, np.ndarray):
+    if isinstance(want, Machine):
         assert run.error is Error.NONE, f"{name}: {run.error.name}, but the machine runs it"
-        wrong = np.flatnonzero(run.memory != want)
+        wrong = np.flatnonzero(run.memory != want.memory)
         assert not len(wrong), f"{name}: {len(wrong)} bytes differ from the machine's, first at {wrong[0]:#x}"
+        if inspect is not None:
+            inspect(want, run)
         return "same memory"
     code, _ = want
     if code is Error.NONE:

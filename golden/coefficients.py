@@ -12,9 +12,6 @@ from golden._check import integers
 from spec.derive import Sizes, ceil_div
 from spec.isa import SERIES_TERMS
 
-#: Bits of a segment length in the table that begins map coefficients.
-_LENGTH_BITS = 16
-
 
 # -- stream words ------------------------------------------------------------------------------------------------------
 def _check_terms(terms, config):
@@ -277,7 +274,8 @@ def _check_map_groups(groups, config):
 
 
 def pack_maps(coefficients, config):
-    """Bytes of two-level maps: the table of segment lengths, then each block's segment of ``group``-bit words.
+    """Bytes of two-level maps: the table of segment lengths in words, then all blocks' segments of ``group``-bit words,
+    one directly behind the other, with zeros behind the last up to the end of its beat.
 
     Args: coefficients: integer [blocks, slices, groups, group], values -1, 0, 1.
     Returns: whole beats; their number is the field ``coefficients``.
@@ -286,13 +284,13 @@ def pack_maps(coefficients, config):
 
     Words are 4 bits. Block 0 has +1 at channel 1 of group 0 in slice 0 and -1 at channels 0 and 3 of group 1 in slice
     1: level 1 0b0001, map 0b0010, signs 0b0110 of all three, level 1 0b0010, map 0b1001. Blocks 1 and 2 have two empty
-    level-1 words.
+    level-1 words each, in the same beat.
 
     >>> from spec.config import load
     >>> ce = np.zeros((3, 2, 2, 4), np.int8)
     >>> ce[0, 0, 0, 1], ce[0, 1, 1, 0], ce[0, 1, 1, 3] = 1, -1, -1
     >>> pack_maps(ce, load("tiny_maps")).hex(" ", 8)
-    '0100010001000000 2126090000000000 0000000000000000 0000000000000000'
+    '0500020002000000 2126090000000000'
     """
     _require_variant(config, "maps")
     b, sizes, ce = config.basis, Sizes(config), _ternary(coefficients, config)
@@ -317,19 +315,12 @@ def pack_maps(coefficients, config):
     signs[block, order // width, order % width] = ce.reshape(b.blocks, -1)[flat] < 0
     sign_words = np.take_along_axis(signs @ weight, before, axis=1)
     words, mask = np.stack([value, sign_words], axis=2), np.stack([there, needed > before], axis=2)
-    per_beat = sizes.beat_bytes * 8 // width
-    lengths, segments = [], []
-    for row, on in zip(words, mask):
-        row = row[on]
-        beats = ceil_div(len(row), per_beat)
-        padded = np.zeros(beats * per_beat, np.int64)
-        padded[:len(row)] = row
-        lengths.append(beats)
-        segments.append(_words_to_bytes(padded, width))
-    if max(lengths) >> _LENGTH_BITS:
-        raise ValueError(f"A segment must have fewer than {1 << _LENGTH_BITS} beats, not {max(lengths)}")
-    table = np.array(lengths, "<u2").tobytes().ljust(sizes.segment_table_beats * sizes.beat_bytes, b"\0")
-    return table + b"".join(segments)
+    # 16 bits are enough: the 255 groups that a pass has at most are under 600 words of each slice.
+    lengths, words = np.count_nonzero(mask, axis=(1, 2)), words[mask]
+    padded = np.zeros(ceil_div(len(words) * width, 8 * sizes.beat_bytes) * sizes.beat_bytes * 8 // width, np.int64)
+    padded[:len(words)] = words
+    table = lengths.astype("<u2").tobytes().ljust(sizes.segment_table_beats * sizes.beat_bytes, b"\0")
+    return table + _words_to_bytes(padded, width)
 
 
 def _words_to_bytes(words, width):
@@ -351,7 +342,7 @@ def unpack_maps(data, config, groups):
 
     Args: data: bytes or uint8 array, whole beats; groups: channel groups.
     Raises: ValueError for groups out of range, data that are no whole beats, segment lengths that do not add up to the
-        data or do not fit their words, a level-1 bit beyond the groups, an empty map, a sign that belongs to no
+        data or are not those of their words, a level-1 bit beyond the groups, an empty map, a sign that belongs to no
         non-zero or padding that is not 0, or a config with series.
     """
     _require_variant(config, "maps")
@@ -364,17 +355,20 @@ def unpack_maps(data, config, groups):
     lengths = table[:b.blocks].tolist()
     if table[b.blocks:].any():
         raise ValueError(f"The segment table must be 0 behind its {b.blocks} lengths")
-    if min(lengths) < 1 or first + sum(lengths) != data.size // beat:
-        raise ValueError(f"Segments of {lengths} beats must each have at least 1 and fill {data.size // beat - first} "
+    if min(lengths) < 1 or ceil_div(sum(lengths) * width, 8 * beat) != data.size // beat - first:
+        raise ValueError(f"Segments of {lengths} words must each have at least 1 and fill {data.size // beat - first} "
                          "beats")
-    maps, flags, at = [], [], first * beat                                # flags: the sign words of each block
+    words = _bytes_to_words(data[first * beat:], width)
+    if any(words[sum(lengths):]):
+        raise ValueError("What lies behind the last segment must be 0")
+    maps, flags, at = [], [], 0                                           # flags: the sign words of each block
     for block, length in enumerate(lengths):
-        words = _bytes_to_words(data[at:at + length * beat], width)
-        at += length * beat
+        segment = words[at:at + length]
+        at += length
         try:
-            found, signs = _read_segment(words, b.slices, groups, width)
+            found, signs = _read_segment(segment, b.slices, groups, width)
         except IndexError:
-            raise ValueError(f"Segment {block} must hold its {b.slices} slices, but ends after {length} beats") \
+            raise ValueError(f"Segment {block} must hold its {b.slices} slices, but ends after {length} words") \
                 from None
         except ValueError as error:
             raise ValueError(f"Segment {block}: {error}") from None
@@ -413,8 +407,8 @@ def _read_segment(words, slices, groups, width):
                 left -= count
     if signs and signs[-1] >> width - left:
         raise ValueError("signs behind the last non-zero must be 0")
-    if any(words[at:]):
-        raise ValueError("what lies behind the last word must be 0")
+    if at != len(words):
+        raise ValueError(f"its slices must take all of its {len(words)} words, not {at}")
     return maps, signs
 
 

@@ -89,7 +89,8 @@ class BasisEngine(wiring.Component):
         connect_stream(m, loader.load, stage.load)
         m.d.comb += [
             stage.load_start.eq(loader.load_start), stage.load_half.eq(loader.load_half),
-            stage.load_groups.eq(loader.load_groups), loader.loaded.eq(stage.loaded),
+            stage.load_groups.eq(loader.load_groups), stage.load_beats.eq(loader.load_beats),
+            loader.loaded.eq(stage.loaded),
             multiply.tap_en.eq(loader.tap_en), multiply.tap_row.eq(loader.tap_row),
             multiply.tap_beat.eq(loader.tap_beat), multiply.tap_data.eq(self.weight_data),
             loader.coefficient_use.eq(streamer.coefficient_use),

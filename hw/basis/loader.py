@@ -31,7 +31,7 @@ class BasisLoader(wiring.Component):
             "weight_en": Out(1), "weight_address": Out(range(sizes.weight_beats)),
             "weight_data": In(config.bus.data_bits),
             "tap_en": Out(1), "tap_row": Out(range(2 * b.tap_rows)), "tap_beat": Out(range(max(sizes.tap_row_beats, 2))),
-            "load_start": Out(1), "load_half": Out(1), "load_groups": Out(8),
+            "load_start": Out(1), "load_half": Out(1), "load_groups": Out(8), "load_beats": Out(16),
             "load": Out(stream.Signature(config.bus.data_bits)), "loaded": In(1),
             "tap_use": In(2), "coefficient_use": In(2), "stop": In(1),
             "busy": Out(1), "error": Out(error_layout())})
@@ -108,7 +108,8 @@ class BasisLoader(wiring.Component):
             with m.If(beat == sizes.tap_row_beats - 1):
                 m.d.sync += [beat.eq(0), row.eq(row + 1)]
 
-        m.d.comb += [self.load_half.eq(job.coefficient_half), self.load_groups.eq(x.groups)]
+        m.d.comb += [self.load_half.eq(job.coefficient_half), self.load_groups.eq(x.groups),
+                     self.load_beats.eq(x.coefficients)]
         with m.FSM() as fsm:
             with m.State("IDLE"):
                 m.d.comb += self.i.ready.eq(~error.valid & ~self.stop)

@@ -19,15 +19,17 @@ class MapDecoder(wiring.Component):
     at once, so that absent groups cost nothing.
 
     Flow control: ``start`` for one cycle, while ``done``, samples ``groups`` (1 .. coefficient_groups); then the beats
-    of the segment come on ``beat``, the last one with ``last``. `fifo_beats` of them wait inside, so that the beats of
-    other blocks can be delivered meanwhile; ``beat.ready`` comes from a register.
+    that hold words of the segment come on ``beat``, the last one with ``last``. Words of other segments may lie before
+    the place ``begin`` of the segment's first word in the first beat and behind the place ``end`` of its last word in
+    the last one; in other beats these two mean nothing. `fifo_beats` of them wait inside, so that the beats of other
+    blocks can be delivered meanwhile; ``beat.ready`` comes from a register.
     Latency: R = ceil(groups / stream_groups) cycles for the zeros, from the cycle behind ``start`` on; then one
     ``group``-bit word per cycle, the first at the earliest in the second cycle behind the transfer of its beat;
     ``done`` in the cycle behind the last word, which is that of the last write.
     Throughput: one ``group``-bit word per cycle, across beats, slices and rows.
     Errors: ``error`` (held until reset; nothing more is written) for a level-1 bit at or beyond ``groups``, an empty
-    level-2 map, words that go on behind the last beat, and beats that go on behind the last word. The rest of the last
-    beat and signs left over are not looked at. No row beyond those of ``groups`` is ever written.
+    level-2 map, and maps that end before or go on behind the segment's last word. Signs left over are not looked at.
+    No row beyond those of ``groups`` is ever written.
     Parameters: config (spec.config.Config) with coefficients "maps".
     """
 
@@ -39,9 +41,11 @@ class MapDecoder(wiring.Component):
         """Signature members."""
         b = config.basis
         row = data.ArrayLayout(b.group, b.stream_groups)
+        place = range(config.bus.data_bits // b.group)
         return {
             "start": In(1), "groups": In(8),
-            "beat": In(stream.Signature(data.StructLayout({"data": config.bus.data_bits, "last": 1}))),
+            "beat": In(stream.Signature(data.StructLayout({
+                "data": config.bus.data_bits, "begin": place, "end": place, "last": 1}))),
             "write": Out(b.slices), "row": Out(range(b.coefficient_rows)), "map": Out(row), "sign": Out(row),
             "done": Out(1), "error": Out(1)}
 
@@ -50,8 +54,11 @@ class MapDecoder(wiring.Component):
         super().__init__(self.members(config))
 
     def _build_fifo(self, m, *, take):
-        """Beats in a RAM whose output register is the beat at hand; ``take`` frees it. Returns (beat, its valid)."""
-        width, depth = self._config.bus.data_bits + 1, self.fifo_beats
+        """Beats in a RAM whose output register is the beat at hand; ``take`` frees it. Returns (beat, its valid, put):
+        ``put`` says that a beat enters.
+        """
+        beat = data.StructLayout({"data": self._config.bus.data_bits, "last": 1})
+        width, depth = beat.size, self.fifo_beats
         m.submodules.fifo = ram = Ram(width=width, depth=depth)
         head, tail, level = Signal(range(depth)), Signal(range(depth)), Signal(range(depth + 1))
         valid = Signal()
@@ -59,11 +66,12 @@ class MapDecoder(wiring.Component):
         m.d.comb += [
             self.beat.ready.eq(level != depth), put.eq(self.beat.valid & self.beat.ready),
             get.eq((level != 0) & (~valid | take)),
-            ram.write_en.eq(put), ram.write_address.eq(tail), ram.write_data.eq(self.beat.payload),
+            ram.write_en.eq(put), ram.write_address.eq(tail),
+            ram.write_data.eq(Cat(self.beat.payload.data, self.beat.payload.last)),
             ram.read_en.eq(get), ram.read_address.eq(head)]
         m.d.sync += [head.eq(head + get), tail.eq(tail + put), level.eq(level + put - get),
                      valid.eq(get | (valid & ~take))]
-        return data.View(self.beat.payload.shape(), ram.read_data), valid
+        return data.View(beat, ram.read_data), valid, put
 
     def _build_signs(self, m, *, level2, word, has_word, count, use):
         """Signs of the non-zeros of ``level2``, each at its position; ``left`` is the number that wait beforehand.
@@ -93,12 +101,21 @@ class MapDecoder(wiring.Component):
         config, b = self._config, self._config.basis
         group, words = b.group, config.bus.data_bits // b.group
 
-        # the word at hand
+        # the word at hand; places of the first and the last one are kept when their beats enter the FIFO
         wants, taken, drop = Signal(), Signal(), Signal()
-        at = Signal(range(words))
-        beat, valid = self._build_fifo(m, take=drop)
-        word = Signal(group)
-        m.d.comb += [word.eq(beat.data.word_select(at, group)), taken.eq(wants & valid)]
+        at, end, entered = Signal(range(words)), Signal(range(words)), Signal()
+        beat, valid, put = self._build_fifo(m, take=drop)
+        word, is_last = Signal(group), Signal()
+        m.d.comb += [word.eq(beat.data.word_select(at, group)), taken.eq(wants & valid),
+                     is_last.eq(beat.last & (at == end)), drop.eq(taken & (is_last | (at == words - 1)))]
+        with m.If(taken):
+            m.d.sync += at.eq(at + 1)               # 0 again with the next beat: ``words`` is a power of two
+        with m.If(put):
+            m.d.sync += [entered.eq(1), end.eq(self.beat.payload.end)]
+            with m.If(~entered):
+                m.d.sync += at.eq(self.beat.payload.begin)
+        with m.If(self.start):
+            m.d.sync += entered.eq(0)
 
         # where we are: slice, run of ``group`` channel groups, its present groups that are still to come
         groups, remaining = Signal(8), Signal(8)                # channel groups of the pixel; from this run on
@@ -140,10 +157,7 @@ class MapDecoder(wiring.Component):
         at_level1 = Signal()
         m.d.comb += [run_ends.eq((at_level1 & taken & (word == 0)) | (complete & (others == 0))),
                      last_run.eq(remaining <= group),
-                     finishes.eq(run_ends & last_run & (slice_ == b.slices - 1)),
-                     drop.eq(taken & (finishes | (at == words - 1)))]
-        with m.If(taken):
-            m.d.sync += at.eq(Mux(drop, 0, at + 1))
+                     finishes.eq(run_ends & last_run & (slice_ == b.slices - 1))]
         with m.If(complete):
             m.d.sync += present.eq(others)
         with m.If(run_ends):
@@ -159,15 +173,14 @@ class MapDecoder(wiring.Component):
                 m.next = "LEVEL1"
             with m.If(finishes):
                 m.next = "DONE"
-            # behind the last beat there are no words, and behind the last word no beats
-            with m.If(wrong | (drop & (finishes != beat.last))):
+            with m.If(wrong | (finishes != is_last)):
                 m.next = "STOP"
 
         with m.FSM():
             with m.State("DONE"):
                 m.d.comb += self.done.eq(1)
                 with m.If(self.start):
-                    m.d.sync += [groups.eq(self.groups), remaining.eq(self.groups), slice_.eq(0), run.eq(0), at.eq(0),
+                    m.d.sync += [groups.eq(self.groups), remaining.eq(self.groups), slice_.eq(0), run.eq(0),
                                  row_now.eq(0)]
                     m.next = "CLEAR"
             with m.State("CLEAR"):

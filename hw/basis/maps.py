@@ -65,15 +65,16 @@ class MapStage(wiring.Component):
     needs beyond the first. Throughput: a word takes ``max(1, most cycles of any slice)`` cycles, words and pixels
     follow one another without a gap, also while coefficients load.
 
-    Loading: one beat per cycle while the decoder that it is for has room. With T beats of the segment table, s_b beats
-    and w_b words (without the zeros at their end) of the segment of block b, and R = ceil(groups / stream_groups),
-    ``loaded`` comes ``load_overhead + max over b of (w_b + max(R, T + s_0 + .. + s_(b-1) + 2))`` cycles after
-    ``load_start``, if every beat is offered at once and no segment is longer than `MapDecoder.fifo_beats`; a longer one
-    holds up those behind it until its decoder has taken the rest.
-    Errors: ``error`` for what `MapDecoder` refuses, a segment of no beats, ``load_groups`` of 0 or more than
-    coefficient_groups, ``load_start`` before ``loaded`` of the load before, and a beat that is offered when no load is
-    under way (so a table that adds up to less than what is sent; one that adds up to more waits for the rest). From
-    then on all beats are swallowed, ``loaded`` does not come, and words still pass, with coefficients of no meaning.
+    Loading: in each cycle one beat goes to one decoder, if that has room; a beat that holds words of several segments
+    goes to their decoders one after the other, and leaves ``load`` with the last. With T beats of the segment table,
+    w_b words in the segment of block b, v_b beats that hold any of these, and R = ceil(groups / stream_groups),
+    ``loaded`` comes ``load_overhead + max over b of (w_b + max(R, T + v_0 + .. + v_(b-1) + 2))`` cycles after
+    ``load_start``, if every beat is offered at once and no v_b exceeds `MapDecoder.fifo_beats`; a longer segment holds
+    up those behind it until its decoder has taken the rest.
+    Errors: ``error`` for what `MapDecoder` refuses, a segment of no words, segments that take more or fewer beats than
+    ``load_beats``, ``load_groups`` of 0 or more than coefficient_groups, ``load_start`` before ``loaded`` of the load
+    before, and a beat that is offered when no load is under way. From then on all beats are swallowed, ``loaded`` does
+    not come, and words still pass, with coefficients of no meaning.
     Parameters: config (spec.config.Config) with coefficients "maps".
     """
 
@@ -89,30 +90,37 @@ class MapStage(wiring.Component):
     def _build_load(self, m, platform):
         """Segment table, routing, decoders. Returns these and the half they write to."""
         config, b, sizes = self._config, self._config.basis, Sizes(self._config)
-        bus = config.bus.data_bits
+        bus, per_beat = config.bus.data_bits, config.bus.data_bits // b.group
+        low = per_beat.bit_length() - 1             # bits of a word's place in its beat
         decoders = [
             place(m, f"decoder{k}", module="summand_map_decoder", factory=lambda: MapDecoder(config=config),
                   members=MapDecoder.members(config), platform=platform) for k in range(b.blocks)]
         half, error, loaded = Signal(), Signal(), Signal()
-        lengths = Signal(16 * b.blocks)             # of the segments to come, the current one lowest
+        lengths = Signal(16 * b.blocks)             # of the current segment (lowest) and those to come, in words
+        words = Signal(17)                          # from the beginning of the beat at hand to the segment's end
+        begin_at = Signal(low)                      # place of the segment's first word, in its first beat
+        beats = Signal(16)                          # still to come
         part = Signal(range(max(sizes.segment_table_beats, 2)))
         block = Signal(range(b.blocks))
-        begin, last, routed = Signal(), Signal(), Signal()
+        begin, last, shared, routed = Signal(), Signal(), Signal(), Signal()
         room = Signal(b.blocks)
         idle, legal = Signal(), Signal()
-        m.d.comb += [last.eq(lengths[:16] == 1), room.eq(Cat(d.beat.ready for d in decoders)),
+        m.d.comb += [last.eq(words <= per_beat), shared.eq((words < per_beat) & (block != b.blocks - 1)),
+                     room.eq(Cat(d.beat.ready for d in decoders)),
                      legal.eq((self.load_groups != 0) & (self.load_groups <= sizes.coefficient_groups)),
                      begin.eq(self.load_start & legal & idle & ~error),
                      self.loaded.eq(loaded), self.error.eq(error)]
         for k, decoder in enumerate(decoders):
             m.d.comb += [decoder.start.eq(begin), decoder.groups.eq(self.load_groups),
                          decoder.beat.payload.data.eq(self.load.payload), decoder.beat.payload.last.eq(last),
+                         decoder.beat.payload.begin.eq(begin_at), decoder.beat.payload.end.eq(words - 1),
                          decoder.beat.valid.eq(routed & self.load.valid & (block == k))]
-        with m.FSM():
+        with m.FSM() as fsm:
             with m.State("IDLE"):
                 m.d.comb += idle.eq(1)
                 with m.If(begin):
-                    m.d.sync += [half.eq(self.load_half), loaded.eq(0), part.eq(0), block.eq(0)]
+                    m.d.sync += [half.eq(self.load_half), loaded.eq(0), part.eq(0), block.eq(0), begin_at.eq(0),
+                                 beats.eq(self.load_beats)]
                     m.next = "TABLE"
                 with m.Elif(self.load.valid):
                     m.d.sync += error.eq(1)
@@ -122,6 +130,8 @@ class MapStage(wiring.Component):
                     for k in range(sizes.segment_table_beats):
                         with m.If(part == k):
                             m.d.sync += lengths[bus * k:bus * (k + 1)].eq(self.load.payload)
+                    with m.If(part == 0):
+                        m.d.sync += words.eq(self.load.payload[:16])
                     m.d.sync += part.eq(part + 1)
                     with m.If(part == sizes.segment_table_beats - 1):
                         m.next = "SEGMENTS"
@@ -129,20 +139,25 @@ class MapStage(wiring.Component):
                 with m.If(lengths[:16] == 0):
                     m.d.sync += error.eq(1)
                 with m.Else():
-                    m.d.comb += [routed.eq(~error), self.load.ready.eq(room.bit_select(block, 1))]
-                with m.If(routed & self.load.valid & self.load.ready):
-                    m.d.sync += lengths[:16].eq(lengths[:16] - 1)
+                    m.d.comb += [routed.eq(~error), self.load.ready.eq(room.bit_select(block, 1) & ~shared)]
+                with m.If(routed & self.load.valid & room.bit_select(block, 1)):
+                    m.d.sync += words.eq(words - per_beat)
                     with m.If(last):
-                        m.d.sync += [lengths.eq(lengths >> 16), block.eq(block + 1)]
+                        m.d.sync += [lengths.eq(lengths >> 16), block.eq(block + 1), begin_at.eq(words),
+                                     words.eq(words[:low] + lengths[16:32])]
                         with m.If(block == b.blocks - 1):
                             m.next = "DECODE"
             with m.State("DECODE"):
-                with m.If(self.load.valid):
+                with m.If(self.load.valid | (beats != 0)):
                     m.d.sync += error.eq(1)
-                with m.If(Cat(d.done for d in decoders).all() & ~error & ~self.load.valid):
+                with m.Elif(Cat(d.done for d in decoders).all() & ~error):
                     m.d.sync += loaded.eq(1)
                     m.next = "IDLE"
-        with m.If(Cat(d.error for d in decoders).any() | (self.load_start & ~(legal & idle))):
+        with m.If(~idle & self.load.valid & self.load.ready):
+            m.d.sync += beats.eq(beats - 1)
+        missing = Signal()
+        m.d.comb += missing.eq((fsm.ongoing("TABLE") | fsm.ongoing("SEGMENTS")) & (beats == 0))
+        with m.If(Cat(d.error for d in decoders).any() | missing | (self.load_start & ~(legal & idle))):
             m.d.sync += error.eq(1)
         with m.If(error):
             m.d.comb += self.load.ready.eq(1)

@@ -32,13 +32,14 @@ def stage_members(config):
 
     ``i``, ``o``: streams of `word_layout` and `intermediate_layout`; ``i.ready`` may depend on ``o.ready``, ``o.valid``
     comes from a register. Loading: ``load_start`` for one cycle begins to fill half ``load_half`` with the coefficients
-    of pixels of ``load_groups`` channel groups (all three valid in that cycle only); then the beats come on ``load``;
+    of pixels of ``load_groups`` channel groups from ``load_beats`` beats (all four valid in that cycle only; the series
+    stage counts no beats); then the beats come on ``load``;
     ``loaded`` is 1 once they all are in the memory and the half may be used, at the latest a few cycles after the last
     beat, and 0 from the cycle after ``load_start`` on. Words of the other half may pass at the same time.
     ``busy``: a pixel is inside. ``error``: the coefficients break the format (held until reset).
     """
     return {
         "i": In(stream.Signature(word_layout(config))), "o": Out(stream.Signature(intermediate_layout(config))),
-        "load_start": In(1), "load_half": In(1), "load_groups": In(8),
+        "load_start": In(1), "load_half": In(1), "load_groups": In(8), "load_beats": In(16),
         "load": In(stream.Signature(config.bus.data_bits)), "loaded": Out(1),
         "busy": Out(1), "error": Out(1)}

@@ -68,9 +68,9 @@ def slow_series(ce, config, terms):
 
 def slow_maps(ce, config):
     """docs/basis.md, "Map coefficients", word by word with a list of signs."""
-    b, z, segments, table = config.basis, Sizes(config), b"", Bits()
+    b, z, bits, table = config.basis, Sizes(config), Bits(), Bits()
     for block in ce:
-        bits, signs, left = Bits(), [int(v < 0) for v in block[block != 0]], 0
+        begin, signs, left = bits.at, [int(v < 0) for v in block[block != 0]], 0
         for row in block:
             for run in range(0, ce.shape[2], b.group):
                 part = row[run:run + b.group]
@@ -85,10 +85,8 @@ def slow_maps(ce, config):
                         bits.put(sum(v << i for i, v in enumerate(now)), b.group)
                         left += b.group
                     left -= count
-        data = bits.bytes(z.beat_bytes)
-        table.put(len(data) // z.beat_bytes, 16)
-        segments += data
-    return table.bytes(z.beat_bytes) + segments
+        table.put((bits.at - begin) // b.group, 16)
+    return table.bytes(z.beat_bytes) + bits.bytes(z.beat_bytes)
 
 
 # -- taps --------------------------------------------------------------------------------------------------------------
@@ -274,27 +272,32 @@ def test_maps_of_one_non_zero_everywhere():
         ce[place] = -1
         data = pack_maps(ce, MAPS)
         assert np.array_equal(unpack_maps(data, MAPS, 5), ce)
-        assert len(data) == 4 * 8                                  # the table and one beat for each block
+        assert len(data) == 2 * 8                                  # the table, and 14 words in one beat
 
 
 def nibbles(*segments):
-    """Data of tiny_maps: words of 4 bits of each block, padded to beats of 8 bytes."""
-    table, data = [], b""
-    for words in segments:
-        words = [*words, *[0] * (-len(words) % 16)]
-        table.append(len(words) // 16)
-        data += bytes(a | b << 4 for a, b in zip(words[::2], words[1::2]))
+    """Data of tiny_maps: words of 4 bits of each block, the last padded to beats of 8 bytes."""
+    table, words = [len(s) for s in segments], [word for s in segments for word in s]
+    words += [0] * (-len(words) % 16)
+    data = bytes(a | b << 4 for a, b in zip(words[::2], words[1::2]))
     return np.array([*table, *[0] * (4 - len(table))], "<u2").tobytes() + data
 
 
+def with_length(data, block, words):
+    """Data of tiny_maps with another length of one segment in the table."""
+    out = np.frombuffer(data, "<u2").copy()
+    out[block] = words
+    return out.tobytes()
+
+
 def test_maps_errors(rng):
-    good = nibbles([0b01, 0b0101, 0b0010, 0], [0, 0], [0, 0])
+    good = nibbles([0b01, 0b0101, 0b0010, 0], [0, 0], [0, 0])          # 8 words in one beat
     want = np.zeros((3, 2, 2, 4), int)
     want[0, 0, 0, [0, 2]] = 1, -1
     assert np.array_equal(unpack_maps(good, MAPS, 2), want)
     ce = ternary(rng, MAPS, 8, 0.3)
-    full = np.ones((3, 2, 8, 4), np.int8)
-    long = pack_maps(full, MAPS)
+    full = pack_maps(np.ones((3, 2, 8, 4), np.int8), MAPS)               # 36 words of each block in 7 beats
+    assert len(full) == 8 * 8 and full[:6] == b"\x24\0" * 3
     for call, text in [
         (lambda: pack_maps(np.zeros((3, 2, 9, 4), int), MAPS), "groups must be in 1..8, not 9"),
         (lambda: unpack_maps(good, MAPS, 9), "groups must be in 1..8, not 9"),
@@ -302,28 +305,32 @@ def test_maps_errors(rng):
         (lambda: pack_maps(ce, SERIES), "config must have maps coefficients, not series"),
         (lambda: unpack_maps(good, SERIES, 2), "config must have maps"),
         (lambda: pack_maps(ce + 1, MAPS), "must be -1, 0 or 1"),
-        (lambda: unpack_maps(good[:-1], MAPS, 2), "must be at least 1 whole beats of 8 bytes, not 31 bytes"),
+        (lambda: unpack_maps(good[:-1], MAPS, 2), "must be at least 1 whole beats of 8 bytes, not 15 bytes"),
         (lambda: unpack_maps(b"", MAPS, 2), "at least 1 whole beats"),
         (lambda: unpack_maps(flipped(good, 48), MAPS, 2), "table must be 0 behind its 3 lengths"),
-        (lambda: unpack_maps(good + bytes(8), MAPS, 2), r"Segments of \[1, 1, 1\] beats .* fill 4 beats"),
-        (lambda: unpack_maps(flipped(good[:-8], 32), MAPS, 2), r"Segments of \[1, 1, 0\] beats must each have at leas"),
+        (lambda: unpack_maps(good + bytes(8), MAPS, 2), r"Segments of \[4, 2, 2\] words .* fill 2 beats"),
+        (lambda: unpack_maps(good[:8], MAPS, 2), r"Segments of \[4, 2, 2\] words .* fill 0 beats"),
+        (lambda: unpack_maps(with_length(good, 2, 11), MAPS, 2), r"Segments of \[4, 2, 11\] words .* fill 1 beats"),
+        (lambda: unpack_maps(with_length(good, 2, 0), MAPS, 2), r"Segments of \[4, 2, 0\] words must each have at"),
+        (lambda: unpack_maps(flipped(good, 64 + 4 * 8), MAPS, 2), "What lies behind the last segment must be 0"),
+        (lambda: unpack_maps(flipped(full, 8 * 64 - 1), MAPS, 8), "What lies behind the last segment must be 0"),
+        (lambda: unpack_maps(with_length(good, 2, 1), MAPS, 2),
+         "Segment 2 must hold its 2 slices, but ends after 1 words"),
+        (lambda: unpack_maps(with_length(good, 2, 10), MAPS, 2),
+         "Segment 2: its slices must take all of its 10 words, not 2"),
+        (lambda: unpack_maps(with_length(full, 0, 35), MAPS, 8),
+         "Segment 0 must hold its 2 slices, but ends after 35 words"),
+        (lambda: unpack_maps(with_length(full, 0, 37), MAPS, 8),
+         "Segment 0: its slices must take all of its 37 words, not 36"),
         (lambda: unpack_maps(nibbles([0b0100, 1, 0, 0], [0, 0], [0, 0]), MAPS, 2),
          "Segment 0: slice 0 must have no level-1 bit at or beyond group 2"),
         (lambda: unpack_maps(nibbles([0, 0], [0, 0b0010, 0], [0, 0]), MAPS, 2),
          "Segment 1: slice 1 must have a non-zero in group 1"),
         (lambda: unpack_maps(nibbles([0b01, 0b0101, 0b0100, 0], [0, 0], [0, 0]), MAPS, 2),
          "Segment 0: signs behind the last non-zero must be 0"),
-        (lambda: unpack_maps(nibbles([0, 0], [0, 0], [0, 0, 0, 1]), MAPS, 2),
-         "Segment 2: what lies behind the last word must be 0"),
     ]:
         with pytest.raises(ValueError, match=text):
             call()
-    # 36 words of 4 bits in 3 beats; with 2 the segment ends within its last slice.
-    assert long[:2] == b"\x03\0"
-    short = np.frombuffer(long, "<u2").copy()
-    short[0] = 2
-    with pytest.raises(ValueError, match="Segment 0 must hold its 2 slices, but ends after 2 beats"):
-        unpack_maps(np.delete(short, slice(4 + 8, 4 + 12)).tobytes(), MAPS, 8)
 
 
 def test_signs_left_over_serve_the_next_slice():

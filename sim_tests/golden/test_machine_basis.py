@@ -534,8 +534,8 @@ def test_broken_data():
     program.memory[program.free - 16] |= 1 << 6                   # lane 1: there is no group 1
     fails(program, Error.NONE, "Lane 1 of slice 0 in tile 0 must have the code 0")
     program = one_pass(MAPS)
-    program.memory[program.free - 1] = 1
-    fails(program, Error.NONE, "Segment 2: what lies behind the last word must be 0")
+    program.memory[program.free - 1] |= 1 << 7                    # behind the 15 words
+    fails(program, Error.NONE, "What lies behind the last segment must be 0")
 
 
 # -- errors of the hardware --------------------------------------------------------------------------------------------

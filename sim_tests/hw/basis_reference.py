@@ -62,7 +62,7 @@ def to_words(config, coefficients):
 
 
 def to_beats(config, words):
-    """Beats of one segment from its words: first word lowest, zeros behind the last."""
+    """Beats of words, of one segment or all: first word lowest, zeros behind the last."""
     group, per_beat = config.basis.group, config.bus.data_bits // config.basis.group
     return [
         sum(word << group * k for k, word in enumerate(words[at : at + per_beat]))
@@ -71,7 +71,7 @@ def to_beats(config, words):
 
 
 def segment_table(config, lengths):
-    """Beats of the table of segment lengths."""
+    """Beats of the table of segment lengths. Args: lengths: words of each block's segment."""
     bits = config.bus.data_bits
     value = sum(length << 16 * block for block, length in enumerate(lengths))
     return [value >> bits * k & (1 << bits) - 1 for k in range(-(-16 * config.basis.blocks // bits))]
@@ -79,8 +79,17 @@ def segment_table(config, lengths):
 
 def pack(config, coefficients):
     """All beats of a load. Args: coefficients: [blocks, slices, groups, group]."""
-    segments = [to_beats(config, to_words(config, c)) for c in coefficients]
-    return segment_table(config, [len(s) for s in segments]) + [beat for s in segments for beat in s]
+    segments = [to_words(config, c) for c in coefficients]
+    return segment_table(config, [len(s) for s in segments]) + to_beats(config, [word for s in segments for word in s])
+
+
+def visits(config, lengths):
+    """How many beats hold words of each segment. Args: lengths: words of each."""
+    per_beat, at, out = config.bus.data_bits // config.basis.group, 0, []
+    for words in lengths:
+        out.append(len({place // per_beat for place in range(at, at + words)}))
+        at += words
+    return out
 
 
 def rows(config, coefficients):

@@ -6,6 +6,7 @@ import cocotb
 from cocotb.triggers import FallingEdge, ReadOnly
 import numpy as np
 
+from hw.basis.map_decoder import MapDecoder
 from hw.basis.maps import MapStage
 from sim_tests.hw.basis_reference import (
     intermediates,
@@ -16,6 +17,7 @@ from sim_tests.hw.basis_reference import (
     segment_table,
     to_beats,
     to_words,
+    visits,
     word_cycles,
 )
 from sim_tests.lib.scoreboard import Scoreboard
@@ -74,15 +76,16 @@ async def run(dut, *, idle, stall, count):
     word_format, out_format = formats(config)
     source, load, sink = Source(dut, "i", idle=idle), Source(dut, "load", idle=idle), Sink(dut, "o", stall=stall)
     todo, board = list(jobs(config, rng, count)), Scoreboard("pixel")
-    cycles, expected_load, load_cycles = [], [], []        # cycles of each word; of each load
+    cycles, expected_load, load_cycles, shared = [], [], [], 0        # cycles of each word; of each load
     starts, job_ends, took, gave, busy = [], [], [], [], set()
     state = {"loading": False, "given": 0, "under_way": 0}
-    await start(dut, (source, load, sink), load_start=0, load_half=0, load_groups=0)
+    await start(dut, (source, load, sink), load_start=0, load_half=0, load_groups=0, load_beats=0)
 
     def begin(cycle):
         number = len(starts)
         coefficients, _ = todo[number]
         dut.load_start.value, dut.load_half.value, dut.load_groups.value = 1, number % 2, coefficients.shape[2]
+        dut.load_beats.value = len(pack(config, coefficients))
         state["loading"] = True
         starts.append(cycle)
 
@@ -114,6 +117,7 @@ async def run(dut, *, idle, stall, count):
                 begin(cycle)
         if not (starts and cycle == starts[-1]):
             dut.load_half.value, dut.load_groups.value = int(rng.integers(2)), int(rng.integers(256))
+            dut.load_beats.value = int(rng.integers(1 << 16))
         state["under_way"] += state["loading"] and bool(source.words)
 
     async for cycle, port, value in exchange(
@@ -138,13 +142,14 @@ async def run(dut, *, idle, stall, count):
     assert busy == inside, f"busy differs in cycles {sorted(busy ^ inside)[:5]}"
     assert state["under_way"] > 10, "no load while words pass"
     for coefficients, _ in todo:
-        segments = [to_words(config, c) for c in coefficients]
-        at, ends, fits = len(segment_table(config, [0])), [], True
-        for words in segments:
-            ends.append(len(words) + max(-(-coefficients.shape[2] // config.basis.stream_groups), at + 2))
-            at += len(to_beats(config, words))
-            fits &= len(to_beats(config, words)) <= 32
-        expected_load.append(MapStage.load_overhead + max(ends) if fits else None)
+        lengths = [len(to_words(config, c)) for c in coefficients]
+        at, ends, beats = len(segment_table(config, lengths)), [], visits(config, lengths)
+        for words, own in zip(lengths, beats):
+            ends.append(words + max(-(-coefficients.shape[2] // config.basis.stream_groups), at + 2))
+            at += own
+        shared += sum(beats) > len(to_beats(config, [0] * sum(lengths)))
+        expected_load.append(MapStage.load_overhead + max(ends) if max(beats) <= MapDecoder.fifo_beats else None)
+    assert shared, "no beat was shared"
     return cycles, took, gave, load_cycles, expected_load
 
 
@@ -201,34 +206,55 @@ async def refuses_malformed_loads(dut):
     coefficients = random_coefficients(rng, (b.blocks, b.slices, groups, b.group), 0.6)
     good = pack(config, coefficients)
     table = len(segment_table(config, [0]))
-    lengths = [len(to_beats(config, to_words(config, c))) for c in coefficients]
+    lengths = [len(to_words(config, c)) for c in coefficients]
+    ones = (1 << config.bus.data_bits) - 1
+    # whole beats, so that only the decoders see what is wrong
+    per_beat = config.bus.data_bits // b.group
+    full = segment_table(config, [2 * per_beat] * b.blocks) + [ones] * (2 * b.blocks)
+    few = segment_table(config, [1] * b.blocks) + to_beats(config, [1] * b.blocks)
 
     def table_with(block, length):
         return segment_table(config, [*lengths[:block], length, *lengths[block + 1:]]) + good[table:]
 
+    # name -> (groups, beats, second start behind so many beats, whether it fails, [beats told if others])
     kinds = {
         "good": (groups, good, 0, False),
+        "another one good": (groups, pack(config, coefficients[::-1]), 0, False),
         "no groups": (0, good, 0, True),
         "too many groups": (sizes.coefficient_groups + 1, good, 0, True),
-        "segment of no beats": (groups, table_with(1, 0), 0, True),
-        "last segment of no beats": (groups, table_with(b.blocks - 1, 0), 0, True),
-        "segment too long": (groups, table_with(0, lengths[0] + 1), 0, True),
+        "first segment of no words": (groups, table_with(0, 0), 0, True),
+        "segment of no words": (groups, table_with(1, 0), 0, True),
+        "last segment of no words": (groups, table_with(b.blocks - 1, 0), 0, True),
+        "first segment a word too long": (groups, table_with(0, lengths[0] + 1), 0, True),
+        "first segment a word too short": (groups, table_with(0, lengths[0] - 1), 0, True),
+        "last segment a word too long": (groups, table_with(b.blocks - 1, lengths[-1] + 1), 0, True),
+        "last segment a word too short": (groups, table_with(b.blocks - 1, lengths[-1] - 1), 0, True),
+        "a beat more than there are": (groups, table_with(b.blocks - 1, lengths[-1] + per_beat), 0, True),
         "huge segment": (groups, table_with(0, 65535), 0, True),
-        "bits beyond the groups": (groups, good[:table] + [(1 << config.bus.data_bits) - 1] * 40, 0, True),
+        "huge last segment": (groups, table_with(b.blocks - 1, 65535), 0, True),
+        "bits beyond the groups": (groups, full, 0, True),
+        "one word of many": (groups, few, 0, True),
         "a beat too many": (groups, [*good, 0], 0, True),
+        "a beat too many, not told": (groups, [*good, 0], 0, True, len(good)),
+        "a beat too many told": (groups, good, 0, True, len(good) + 1),
+        "a beat too few told": (groups, good, 0, True, len(good) - 1),
+        "a beat too few": (groups, good[:-1], 0, True),
+        "the table alone": (groups, good[:table], 0, True),
+        "no beats told": (groups, good, 0, True, 0),
         "a late beat": (groups, good, 0, True),
         "a second start": (groups, good, table, True),
         "no start": (None, good, 0, True),
     }
-    for name, (of_load, beats, again, fails) in kinds.items():
+    for name, (of_load, beats, again, fails, *told) in kinds.items():
         load, source, sink = Source(dut, "load", idle=0.2), Source(dut, "i"), Sink(dut, "o")
-        await start(dut, (source, load, sink), load_start=0, load_half=0, load_groups=0)
+        await start(dut, (source, load, sink), load_start=0, load_half=0, load_groups=0, load_beats=0)
         seen = {"error": None, "loaded": 0}
 
         def drive(cycle):
             restart = again and load.taken == again
             dut.load_start.value = int((cycle == 2 and of_load is not None) or restart)
             dut.load_groups.value = of_load or 0
+            dut.load_beats.value = told[0] if told else len(beats)
             if cycle == 3:
                 load.words.extend(beats)
             if cycle == 300:
@@ -244,6 +270,6 @@ async def refuses_malformed_loads(dut):
                                 until=lambda: seen["cycle"] > 500):
             pass
         assert (seen["error"] is not None) == fails, f"{name}: error is {seen['error']}"
-        assert bool(seen["loaded"]) == (name in ("good", "a late beat")), name
+        assert bool(seen["loaded"]) == (not fails or name == "a late beat"), name
         assert load.taken == len(beats) + 60 * fails, f"{name}: {load.taken} beats taken"
         assert source.taken == sink.taken == 1, f"{name}: words do not pass"

@@ -5,20 +5,24 @@ import importlib
 import numpy as np
 
 from sim_tests.hw.basis_reference import (
-    TINY_MAPS,
     intermediates,
     pack,
     random_activations,
     random_coefficients,
     rows,
     segment_table,
+    to_beats,
     to_words,
+    variant,
     word_cycles,
 )
 from sim_tests.hw.planted import FAULT, Fault, planted
 from sim_tests.lib.pysim import simulate
 
 STAGE, DECODER, LANES = "hw.basis.maps", "hw.basis.map_decoder", "hw.basis.concentrator"
+
+#: Three rounds, and columns of more matches than a round can reach.
+CONFIG = variant(look_aside=3, stream_groups=4, coefficient_rows=2)
 
 #: What sees them: "ir", "cycles", "saturated", "error" (the good load is refused), "accepts" (a bad one is not).
 FAULTS = (
@@ -37,7 +41,16 @@ FAULTS = (
     Fault(DECODER, "complete & new_row", "0", "ir"),
     Fault(DECODER, "Mux(clearing, -1, write << write_slice)", "write << write_slice", "ir"),
     Fault(DECODER, "word[g] & (remaining <= g)", "0", "accepts"),
-    Fault(DECODER, "drop & (finishes != beat.last)", "0", "accepts"),
+    Fault(DECODER, "finishes != is_last", "0", "accepts"),
+    Fault(DECODER, "finishes != is_last", "is_last & ~finishes", "accepts"),
+    Fault(DECODER, "finishes != is_last", "finishes & ~is_last", "accepts"),
+    Fault(DECODER, "at == end", "at == words - 1", "error"),
+    Fault(DECODER, "self.beat.payload.begin", "0", "error"),
+    Fault(STAGE, "words - 1", "words", "error"),
+    Fault(STAGE, "words[:low] + lengths[16:32]", "lengths[16:32]", "error"),
+    Fault(STAGE, "room.bit_select(block, 1) & ~shared", "room.bit_select(block, 1)", "error"),
+    Fault(STAGE, "self.load.valid | (beats != 0)", "self.load.valid", "accepts"),
+    Fault(STAGE, "beats == 0", "0", "accepts"),
     Fault(STAGE, "Cat(decoder.row, half)", "Cat(decoder.row, ~half)", "ir"),
     Fault(STAGE, "~at_lanes | (pick & done)", "~at_lanes | pick", "ir"),
     Fault(STAGE, "tree_sum([s.saturated for s in slices])", "tree_sum([s.saturated for s in slices[1:]])", "saturated"),
@@ -58,12 +71,17 @@ def scenario(config, rng):
 
 
 def bad_loads(config, few, many):
-    """(groups, beats) that must be refused: maps beyond the groups; segments that end after a beat of several."""
-    per_beat = config.bus.data_bits // config.basis.group
-    words = to_words(config, many[0])[:per_beat]
-    beat = sum(word << config.basis.group * k for k, word in enumerate(words))
-    yield few.shape[2] - 1, pack(config, few)
-    yield many.shape[2], segment_table(config, [1] * config.basis.blocks) + [beat] * config.basis.blocks
+    """(groups, beats, beats told) that must be refused: maps beyond the groups; segments that end before their words
+    and behind them; fewer and more beats than segments.
+    """
+    blocks, per_beat = config.basis.blocks, config.bus.data_bits // config.basis.group
+    table, (beat, *_), good = segment_table(config, [per_beat] * blocks), to_beats(config, to_words(config, many[0])), \
+        pack(config, few)
+    yield few.shape[2] - 1, good, len(good)
+    yield many.shape[2], table + [beat] * blocks, len(table) + blocks
+    yield many.shape[2], table + [0] * blocks, len(table) + blocks
+    yield few.shape[2], good[:-1], len(good) - 1
+    yield few.shape[2], good, len(good) + 1
 
 
 async def drive(ctx, stage, config, jobs, bad):
@@ -71,10 +89,11 @@ async def drive(ctx, stage, config, jobs, bad):
     b = config.basis
     ctx.set(stage.o.ready, 1)
 
-    async def load(half, groups, beats):
+    async def load(half, groups, beats, told):
         ctx.set(stage.load_start, 1)
         ctx.set(stage.load_half, half)
         ctx.set(stage.load_groups, groups)
+        ctx.set(stage.load_beats, told)
         await ctx.tick()
         ctx.set(stage.load_start, 0)
         at = 0
@@ -115,7 +134,8 @@ async def drive(ctx, stage, config, jobs, bad):
         return None if cycles == want + stage.latency else "cycles"
 
     for number, (coefficients, pixels) in enumerate(jobs):
-        if not await load(number % 2, coefficients.shape[2], pack(config, coefficients)):
+        beats = pack(config, coefficients)
+        if not await load(number % 2, coefficients.shape[2], beats, len(beats)):
             return "error"
         for activations in pixels:
             if seen := await pixel(number % 2, coefficients, activations):
@@ -127,12 +147,13 @@ async def drive(ctx, stage, config, jobs, bad):
 def run(stages, config, fault, seed):
     """The check that sees ``fault`` in the planted design, or None."""
     jobs = list(scenario(config, np.random.default_rng(seed)))
-    for bad in bad_loads(config, jobs[2][0], jobs[1][0]):       # an error stays until reset: one simulation for each
+    # an error stays until reset: one simulation for each; the good jobs need but one
+    for number, bad in enumerate(bad_loads(config, jobs[2][0], jobs[1][0])):
         stage, seen = stages.MapStage(config=config), []
 
-        async def bench(ctx, stage=stage, seen=seen, bad=bad):
+        async def bench(ctx, stage=stage, seen=seen, good=jobs if number == 0 else [], bad=bad):
             ctx.set(FAULT, fault)
-            seen.append(await drive(ctx, stage, config, jobs, bad))
+            seen.append(await drive(ctx, stage, config, good, bad))
 
         simulate(stage, bench)
         if seen[0]:
@@ -143,7 +164,7 @@ def run(stages, config, fault, seed):
 def test_each_planted_fault_is_seen(seed):
     with planted(FAULTS):
         stages = importlib.import_module(STAGE)
-        seen = [run(stages, TINY_MAPS, fault, seed) for fault in range(len(FAULTS) + 1)]
+        seen = [run(stages, CONFIG, fault, seed) for fault in range(len(FAULTS) + 1)]
     assert seen[0] is None, f"the good design fails: {seen[0]}"
     wrong = [f"{n}: {f.good} -> {f.bad}: seen by {seen[n]}, not {f.check}"
              for n, f in enumerate(FAULTS, 1) if seen[n] != f.check]

@@ -27,13 +27,15 @@ from spec.isa import SERIES_TERMS, Mode
 LOADER_CHECK, LOADER_LOAD = 2, 3
 #: From the issue of a word to the last register of the streamer.
 STREAM = 2
-#: From a pixel's last word in the stage to its sum on offer: series, maps (when a word costs one cycle).
-SERIES_STAGE, MAP_STAGE = 3, 4
+#: Series: from a pixel's last word in the stage to its sum on offer.
+SERIES_STAGE = 3
+#: Maps: from a word to the first cycle of its lanes, from there to the adders, to the sum, to the output register.
+MAP_LANES, MAP_ADD, MAP_SUM, MAP_OUTPUT = 1, 1, 1, 1
 #: Passes between the loader and the multipliers.
 PASSES = 2
 #: From a micro-step to its sum in the accumulators; the tokens are there a cycle later.
 MULTIPLY_LATENCY = 4
-#: Maps, loading: beats that wait in a decoder.
+#: Loading of maps: beats that wait in a decoder.
 DECODER_BEATS = 32
 
 #: An empty slot of the pipelines; far enough in the past not to matter.
@@ -456,7 +458,7 @@ class BasisEngine:
                     free = self.pick
                     break
                 if len(lanes) == 1 and lanes[0][1] == 1:
-                    free = max(lanes[0][0] + 1, self.added)
+                    free = max(lanes[0][0] + MAP_LANES, self.added)
                     break
                 self._drain_maps()
                 if len(lanes) > 1 or lanes and lanes[0][1] > 1:
@@ -475,16 +477,16 @@ class BasisEngine:
         while True:
             n, k, moved = len(given), len(left), False
             if n < len(ended) and k >= n:
-                given.append(max(ended[n] + 1, left[n - 1] if n else _PAST))
+                given.append(max(ended[n] + MAP_SUM, left[n - 1] if n else _PAST))
                 n, moved = n + 1, True
             if k < n and k < known:
-                left.append(max(given[k], popped[k - depth] if k >= depth else _PAST) + 1)
+                left.append(max(given[k] + MAP_OUTPUT, popped[k - depth] + 1 if k >= depth else _PAST))
                 moved = True
             if lanes and n == len(ended):
                 at, picks, ends = lanes.popleft()
-                pick = max(at + 1, self.added)
+                pick = max(at + MAP_LANES, self.added)
                 # nothing is added before the sum of the pixel before has been handed on
-                added = max(pick + 1, given[-1] if given else _PAST)
+                added = max(pick + MAP_ADD, given[-1] if given else _PAST)
                 self.pick = pick if picks == 1 else added + picks - 2
                 self.added = added + picks - 1
                 if ends:

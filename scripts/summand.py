@@ -260,7 +260,8 @@ def run(args):
             net = package.load(args.model)
             x, labels, source = load_inputs(args, net)
             y = engine.predict(net, x)
-            held = engine.run(net, engine.quantize_input(net, x[:ACTIVATION_SAMPLES]), keep=True) if args.activations else {}
+            some = engine.quantize_input(net, x[:ACTIVATION_SAMPLES])
+            held = engine.run(net, some, keep=True) if args.activations else {}
     print(f"{len(x)} samples ({source}), output {list(y.shape)}")
     if held:
         _print_activations(net, held)

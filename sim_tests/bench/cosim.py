@@ -194,7 +194,7 @@ class _Compared:
 
 
 def _nonzero_macs(layer, tensors, batch):
-    """Products with a non-zero stored weight; of a decomposed layer those of the basis, for which it has multipliers."""
+    """Products with a non-zero stored weight; of a decomposed layer those with the basis, the only ones it has."""
     if isinstance(layer, BasisConvolution):
         out = tensors[layer.output]
         return int(np.count_nonzero(layer.basis)) * layer.outputs * out.height * out.width * batch
@@ -223,7 +223,7 @@ def _outside(lowered, before, after):
 
 
 def _predictions(lowered, latency, machine):
-    """Cycles of each layer from the cycle model; ``machine`` ran the program and knows what its cycles owe to the data."""
+    """Cycles of each layer from the cycle model; ``machine`` ran the program: it knows what cycles owe to the data."""
     memory = lowered.new_memory()
     words = cycles.program_words(lowered.config, memory, lowered.program_offset, lowered.instruction_count)
     predicted = cycles.predict(

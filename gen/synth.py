@@ -163,8 +163,8 @@ def basis_parts(config):
 
 def report(config, *, whole=False, progress=None):
     """Generic gates of the parts of ``config``: of a structured engine the element with N:M selection, the dense
-    element and the array; of a basis engine all of it, a block by kind of logic, and what the blocks share; on request the
-    whole accelerator (its scratchpads stay memories and are counted in bits; its logic is not minimised).
+    element and the array; of a basis engine all of it, a block by kind of logic, and what the blocks share; on request
+    the whole accelerator (its scratchpads stay memories and are counted in bits; its logic is not minimised).
 
     Returns: {"config_digest", "parts": {name: totals}, "pe_ratio_cells", "pe_ratio_equivalents"}; the ratios are None
     without a structured engine.

@@ -26,9 +26,9 @@ def coefficient_stage(config):
 class BasisEngine(wiring.Component):
     """Decomposed convolution, coefficients first (docs/basis.md).
 
-    Loader -> streamer -> coefficient stage -> queue -> multipliers -> accumulators. Each part works on its own pass: while
-    the multipliers finish one, the coefficient stage may be at the next and the loader at the one after that. Tokens of
-    the load unit are taken before a pass enters the loader, those of the store unit before its first micro-step.
+    Loader -> streamer -> coefficient stage -> queue -> multipliers -> accumulators. Each part works on its own pass:
+    while the multipliers finish one, the coefficient stage may be at the next and the loader at the one after that.
+    Tokens of the load unit are taken before a pass enters the loader, those of the store unit before its first micro-step.
 
     Throughput: one micro-step per cycle, blocks x slices x q multiplications, as long as the coefficient stage needs no
     more cycles for a pixel than the multipliers, and loading no more than the pass before.
@@ -36,7 +36,7 @@ class BasisEngine(wiring.Component):
     """
 
     def __init__(self, *, config):
-        b, sizes = config.basis, Sizes(config)
+        sizes = Sizes(config)
         self._config = config
         rows = sizes.activation_blocks // sizes.banks
         super().__init__({
@@ -66,7 +66,7 @@ class BasisEngine(wiring.Component):
         stop = error.valid
         m.d.comb += self.error.eq(error)
 
-        # -- tokens of the load unit, then the loader --------------------------------------------------------------------
+        # -- tokens of the load unit, then the loader ----------------------------------------------------------------
         need_load = self.i.payload.wait_load & ~self.available_load
         m.d.comb += [
             loader.i.payload.eq(self.i.payload), loader.i.valid.eq(self.i.valid & ~need_load),
@@ -102,7 +102,7 @@ class BasisEngine(wiring.Component):
             self.take_store.eq(multiply.take_store), self.push_load.eq(multiply.push_load),
             self.push_store.eq(multiply.push_store), self.saturated.eq(multiply.saturated)]
 
-        # -- which half of the taps is still needed: passes in line or at work, each with its half -----------------------
+        # -- which half of the taps is still needed: passes in line or at work, each with its half ---------------------
         for half in range(2):
             users = Signal(3, name=f"tap_users{half}")
             more = go & (loader.o.payload.tap_half == half)

@@ -13,11 +13,12 @@ def job_layout(config):
     """An EXECUTE_BASIS whose taps and coefficients are on chip.
 
     ``chunks``: micro-steps of a kernel row (J); ``span``: pixels that a kernel row spans; ``reach``: pushes before the
-    first output of a row; ``streamed``: input columns that any output needs; ``tap_half``, ``coefficient_half``: where its operands lie.
+    first output of a row; ``streamed``: input columns that any output needs; ``tap_half``, ``coefficient_half``: where
+    its operands lie.
     """
     return data.StructLayout({
-        "execute": instruction_layout(Opcode.EXECUTE_BASIS), "chunks": 4, "span": 7, "reach": 7, "streamed": 12, "tap_half": 1,
-        "coefficient_half": 1})
+        "execute": instruction_layout(Opcode.EXECUTE_BASIS), "chunks": 4, "span": 7, "reach": 7, "streamed": 12,
+        "tap_half": 1, "coefficient_half": 1})
 
 
 def kernel_rows_of(m, job, row, *, name):

@@ -30,7 +30,8 @@ class BasisLoader(wiring.Component):
             "o": Out(stream.Signature(job_layout(config))),
             "weight_en": Out(1), "weight_address": Out(range(sizes.weight_beats)),
             "weight_data": In(config.bus.data_bits),
-            "tap_en": Out(1), "tap_row": Out(range(2 * b.tap_rows)), "tap_beat": Out(range(max(sizes.tap_row_beats, 2))),
+            "tap_en": Out(1), "tap_row": Out(range(2 * b.tap_rows)),
+            "tap_beat": Out(range(max(sizes.tap_row_beats, 2))),
             "load_start": Out(1), "load_half": Out(1), "load_groups": Out(8), "load_beats": Out(16),
             "load": Out(stream.Signature(config.bus.data_bits)), "loaded": In(1),
             "tap_use": In(2), "coefficient_use": In(2), "stop": In(1),
@@ -88,7 +89,7 @@ class BasisLoader(wiring.Component):
         end = Signal(20)
         m.d.comb += end.eq(x.weight + x.taps * sizes.tap_row_beats + x.coefficients)
 
-        # -- beats: the buffer's output register holds a beat until it is taken -----------------------------------------
+        # -- beats: the buffer's output register holds a beat until it is taken ---------------------------------------
         weight = Signal(17)
         left = Signal(17)           # beats still to be read
         pending = Signal()          # a beat stands at the buffer's output
@@ -118,7 +119,8 @@ class BasisLoader(wiring.Component):
                     m.next = "CHECK"
             with m.State("CHECK"):
                 m.d.sync += [
-                    job.chunks.eq(chunks), job.span.eq(span), job.reach.eq(span - x.pad_left), weight.eq(x.weight), taps.eq(0),
+                    job.chunks.eq(chunks), job.span.eq(span), job.reach.eq(span - x.pad_left),
+                    weight.eq(x.weight), taps.eq(0),
                     job.streamed.eq(Mux(pointwise | (x.in_cols < pushes), x.in_cols, pushes)),
                     job.tap_half.eq(job.tap_half ^ (x.taps != 0)),
                     job.coefficient_half.eq(job.coefficient_half ^ (x.coefficients != 0))]

@@ -17,9 +17,9 @@ class BasisMultiply(wiring.Component):
     """Runs the micro-steps of a pass: for each input row, output column, kernel row and chunk of taps one cycle.
 
     Values are pushed into the blocks' windows ahead of their use, up to the window's size, also those of the next row;
-    zeros follow a row's last value. So a row costs no cycle beyond its micro-steps as long as the values come in time and
-    the window is larger than the kernel's reach. A pass waits for a token of the store unit, if it wants one, before its first micro-step, and gives its tokens
-    as its last sum is in the accumulators.
+    zeros follow a row's last value. So a row costs no cycle beyond its micro-steps as long as the values come in time
+    and the window is larger than the kernel's reach. A pass waits for a token of the store unit, if it wants one, before
+    its first micro-step, and gives its tokens as its last sum is in the accumulators.
 
     Latency: `latency` cycles from a micro-step to its sum in the accumulators; 2 cycles between passes. Throughput: one
     micro-step per cycle, slices x q products of each block.
@@ -51,7 +51,7 @@ class BasisMultiply(wiring.Component):
         active = Signal()
         dense, pointwise = x.mode == Mode.DENSE, x.mode == Mode.POINTWISE
 
-        # -- rows: the next one is judged while this one is at work -----------------------------------------------------
+        # -- rows: the next one is judged while this one is at work ---------------------------------------------------
         row = Signal(signed(14))
         fresh = Signal()                        # no row has begun yet
         following = Signal(signed(14))
@@ -85,7 +85,7 @@ class BasisMultiply(wiring.Component):
         m.d.comb += advance_row.eq(active & ~self.stop & (fresh | row_done | ~in_row) & ~pass_done)
         m.d.sync += hold.eq(row_done & (x.out_cols == 1))
 
-        # -- pushes: those of the next row may come while this one is at work, as far as the window reaches ----------------
+        # -- pushes: those of the next row may come while this one is at work, as far as the window reaches -----------
         spare = Signal(range(b.window + 1))     # pushes that may run ahead
         row_pushes = Signal(14)                 # pushes of a row, zeros behind its last value included
         pushed = Signal(14)                     # those of the row that is being pushed
@@ -145,7 +145,7 @@ class BasisMultiply(wiring.Component):
             m.d.sync += [job.eq(self.i.payload), active.eq(1), fresh.eq(1), row.eq(-1), in_row.eq(0)]
         m.d.comb += [self.done.eq(pass_done), self.done_half.eq(job.tap_half)]
 
-        # -- what a micro-step does: taps and positions now, accumulator address with the sum -----------------------------
+        # -- what a micro-step does: taps and positions now, accumulator address with the sum -------------------------
         m.submodules.taps = taps = TileMemory(rows=2 * b.tap_rows, beats=sizes.tap_row_beats,
                                               bits=config.bus.data_bits)
         tap_row = Signal(8)

@@ -9,8 +9,8 @@ from spec.derive import Sizes
 def word_layout(config):
     """A stream word of one pixel on its way into the coefficient stage.
 
-    ``word``: activations less their zero point, position ``g * group + c`` for channel position c of the word's group g;
-    ``row``: number of the word among those of the pixel, which is that of its coefficients; ``half``: half of the
+    ``word``: activations less their zero point, position ``g * group + c`` for channel position c of the word's group
+    g; ``row``: number of the word among those of the pixel, which is that of its coefficients; ``half``: half of the
     coefficient memory; ``n_log2``: pattern of the word's term (series); ``last``: the pixel's last word.
     """
     b, sizes = config.basis, Sizes(config)

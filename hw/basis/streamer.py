@@ -15,9 +15,9 @@ from spec.registers import Error
 class BasisStreamer(wiring.Component):
     """For each input row that a kernel row needs, for each of its ``streamed`` pixels: its stream words.
 
-    A word is ``stream_groups`` channel groups from any group on. Words of DECOMPOSED passes go to ``words``, in the order
-    of the series' terms; DENSE passes send ``slices`` channels of one group to ``direct``, POINTWISE passes one group after
-    the other. The zero point is subtracted on the way.
+    A word is ``stream_groups`` channel groups from any group on. Words of DECOMPOSED passes go to ``words``, in the
+    order of the series' terms; DENSE passes send ``slices`` channels of one group to ``direct``, POINTWISE passes one
+    group after the other. The zero point is subtracted on the way.
 
     Flow control: three registers that move together while the last one is empty or taken.
     Latency: `latency` cycles from the issue of a word to the word; 1 cycle between passes, and for each row that is not

@@ -204,7 +204,7 @@ class StoreUnit(wiring.Component):
 
     def _build_run(self, m):
         """Begin a prepared instruction once its token is there, then read a pixel in each cycle."""
-        config, sizes, cmd, requantizer = self._config, self._sizes, self._cmd, self._requantizer
+        sizes, cmd, requantizer = self._sizes, self._cmd, self._requantizer
         unit_log2 = sizes.unit_bytes.bit_length() - 1
         columns, record = self._sizes.columns, column_parameters()
         run = Signal(instruction_layout(Opcode.STORE), name="run")

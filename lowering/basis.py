@@ -29,7 +29,7 @@ from spec.isa import MAX_KERNEL_ROWS, SERIES_TERMS, Mode, Operation
 #: Largest values of instruction fields.
 MAX_STRIDE, MAX_DILATION, MAX_PAD, MAX_GROUPS = 8, 7, 15, 255
 #: Estimated cycles of a pass beyond its micro-steps.
-PASS_OVERHEAD_CYCLES = 12
+PASS_OVERHEAD_CYCLES = 5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

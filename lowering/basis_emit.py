@@ -1,7 +1,8 @@
 """Instructions of one layer of the basis engine: what is loaded when, in which passes, stored where.
 
-Order of work: tile, then strip and output group (or output group and strip), then pass. Input rows are loaded before
-the first pass that needs them, in pieces spread over the passes before; taps and coefficients one output group ahead.
+Order of work: in the first tile that of its `lowering.basis_schedule.Schedule`; then tile, strip and output group (or
+output group and strip), pass. Input rows are loaded before the first pass that needs them, in pieces spread over the
+passes before; taps and coefficients one output group ahead.
 """
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -105,8 +106,12 @@ class BasisEmitter(Emitter):
         for number, tile in enumerate(self.tiles):
             self.windows.append((self.tiler.window(0, tile.first_row, tile.rows),
                                  self.tiler.window(1, tile.first_col, tile.cols)))
+            if number == 0:
+                self.items += [BasisItem(tile=0, image=step.image, bundle=step.place, group=step.group,
+                                         strip=step.strip) for step in plan.schedule.steps]
+                continue
             places = [(image, strip) for image in range(1 if plan.merged else tile.images)
-                      for strip in plan.strips(tile.rows, tile.cols, number == 0)]
+                      for strip in plan.strips(tile.rows, tile.cols)]
             groups = [(place, group) for place, bundle in enumerate(tile.bundles) for group in self.bundles[bundle][1]]
             pairs = [(p, g) for p in places for g in groups] if plan.strips_first else \
                 [(p, g) for g in groups for p in places]
@@ -116,36 +121,33 @@ class BasisEmitter(Emitter):
     def _build_pieces(self):
         """Pieces of input in the order they are needed, and behind which item each is loaded at the latest.
 
-        A tile's own pieces are spread over the items since the piece before was needed, those of the next tile over all
-        items of this tile.
+        The first tile's are part of its schedule. Those of the next tile are spread over all items of this tile, or of
+        the first over those behind its own transfers.
         """
         plan, reached = self.plan, {}
         self.pieces, self.ahead = [], [[] for _ in self.items]
-        first_of, ready = {}, 0
+        first_of = {}
         for at, item in enumerate(self.items):
             tile, (rows, cols) = self.tiles[item.tile], self.windows[item.tile]
-            start = first_of.setdefault(item.tile, at)
+            first_of.setdefault(item.tile, at)
+            if item.tile == 0:
+                continue
             need = self.tiler.rows_needed(rows, tile.first_row + item.strip[0], item.strip[1])
             places = range(item.bundle * tile.images, (item.bundle + 1) * tile.images) if plan.merged else \
                 (item.bundle * tile.images + item.image,)
-            fresh = []
             for place in places:
                 begin = reached.get((item.tile, place), 0)
-                grain = max(1, ceil_div(PIECE_UNITS, max(1, cols.data * self.job.span))) if at else need
+                grain = max(1, ceil_div(PIECE_UNITS, max(1, cols.data * self.job.span)))
                 for y in range(begin, need, grain):
-                    fresh.append(InputPiece(item.tile, place, y, min(y + grain, need), at))
+                    self.pieces.append(InputPiece(item.tile, place, y, min(y + grain, need), at))
                 reached[item.tile, place] = max(need, begin)
-            self.pieces += fresh
-            if fresh and at > start:
-                for k, piece in enumerate(fresh):
-                    self.ahead[ready + k * (at - ready) // len(fresh)].append(piece)
-            if fresh:
-                ready = at
         of_tile = [[] for _ in self.tiles]
         for piece in self.pieces:
             of_tile[piece.tile].append(piece)
         for number in range(1, len(self.tiles)):
             begin, end, mine = first_of[number - 1], first_of[number], of_tile[number]
+            if number == 1:
+                begin = min(plan.schedule.quiet, end - 1)
             for k, piece in enumerate(mine):
                 self.ahead[begin + k * (end - begin) // len(mine)].append(piece)
         self._deadlines = [p.deadline for p in self.pieces]
@@ -167,7 +169,10 @@ class BasisEmitter(Emitter):
         #: What the engine holds: taps; coefficients, groups and terms.
         self.taps, self.coefficients = b"", None
         following = self._following()
+        before = plan.schedule.before
         for at, item in enumerate(self.items):
+            for transfer in before[at] if at < len(before) else ():
+                self._transfer(transfer)
             end = bisect_right(self._deadlines, at)
             for piece in self.pieces[self.done:end]:
                 self._load_input(piece)
@@ -176,10 +181,25 @@ class BasisEmitter(Emitter):
                 self._execute(item, run, number)
             self._store(item)
             self.bank ^= 1
-            if following[at] is not None:
+            if following[at] is not None and (at >= len(before) or not self.tiler.resident):
                 self._prefetch(self.job.passes[item.group], self.job.passes[following[at]])
             for piece in self.ahead[at]:
                 self._load_input(piece)
+
+    def _transfer(self, transfer):
+        """One transfer of the first tile's schedule."""
+        if transfer.group is None:
+            tile = self.tiles[0]
+            self._open(0)
+            place = transfer.place * tile.images + transfer.image
+            if transfer.cols:
+                self._load_columns(self.regions[0], place, transfer)
+            else:
+                self._load_piece(self.regions[0], place, transfer.begin, transfer.end)
+        elif self.tiler.resident or not self.taps:
+            for run in self.job.passes[transfer.group]:
+                if self.blobs[run].beats and (self.tiler.resident or not self.weight.live):
+                    self.weight.load(self._allocation(run))
 
     def _following(self):
         """Per item, the next output group with other passes, or None."""
@@ -242,12 +262,15 @@ class BasisEmitter(Emitter):
         in_rows, out_rows = rows.size, rows.outputs
         if plan.merged:
             in_rows, out_rows, row_step = tile.images, tile.images, plan.area
-        high = base + (in_rows - 1) * row_step + (cols.size - 1) * col_step + run.groups * gb
+        width = (cols.size - 1) * col_step + run.groups * gb
+        # row by row, as columns beside these may still be on their way
+        spans = [(base + k * row_step, width) for k in range(in_rows)] if width < row_step else \
+            [(base, (in_rows - 1) * row_step + width)]
         if run.mode is Mode.DECOMPOSED and run.terms:
             count = [v.bit_length() - 1 for v in run.terms]
             fields |= {"terms": len(count), "n_log2": count + [0] * (4 - len(count))}
         self.program.emit(
-            Opcode.EXECUTE_BASIS, reads=[("activation", base, high - base), *reads], writes=[("bank", self.bank, 1)],
+            Opcode.EXECUTE_BASIS, reads=[*(("activation", *span) for span in spans), *reads], writes=[("bank", self.bank, 1)],
             mode=run.mode, base=base, row_step=row_step if in_rows > 1 else 0,
             col_step=col_step if cols.size > 1 else 0, in_rows=in_rows, in_cols=cols.size, out_rows=out_rows,
             out_cols=cols.outputs, pad_top=rows.pad, pad_left=cols.pad, kernel_rows=run.kernel[0],
@@ -295,13 +318,31 @@ class BasisEmitter(Emitter):
         return base
 
     # -- activations -----------------------------------------------------------------------------------------------
+    def _open(self, number):
+        """The region of a tile's input."""
+        if number not in self.regions:
+            kh, kw = self.job.kernel
+            self.regions[number] = Region(
+                self.region_words * (number % self.plan.regions), Chunk((0, self.job.span), (0, kh), (0, kw)),
+                self.tiles[number], *self.windows[number], [], 0)
+
     def _load_input(self, piece):
         if piece.loaded:
             return
         piece.loaded = True
-        if piece.tile not in self.regions:
-            kh, kw = self.job.kernel
-            self.regions[piece.tile] = Region(
-                self.region_words * (piece.tile % self.plan.regions), Chunk((0, self.job.span), (0, kh), (0, kw)),
-                self.tiles[piece.tile], *self.windows[piece.tile], [], 0)
+        self._open(piece.tile)
         self._load_piece(self.regions[piece.tile], piece.place, piece.begin, piece.end)
+
+    def _load_columns(self, region, place, transfer):
+        """Some columns of rows without padding."""
+        plan, job, gb = self.plan, self.job, self.sizes.group_blocks
+        start_group = self.bundles[region.tile.bundles[place // region.tile.images]][0]
+        row, col = region.rows.start + transfer.begin, region.cols.start + transfer.first_col
+        rows, cols = transfer.end - transfer.begin, transfer.cols
+        base = region.base + place * plan.area + (transfer.begin * plan.pitch + transfer.first_col) * plan.cb
+        address = job.input.offset + job.input.relative(region.tile.image + transfer.image, start_group, row, col)
+        step = plan.pitch * plan.cb
+        written = [("activation", base + k * step, cols * plan.cb) for k in range(rows)]
+        self._load_tile(TileTarget.ACTIVATION, written, address, base,
+                        [(job.span, job.input.height * job.input.width, gb), (rows, job.input.width, step),
+                         (cols, 1, plan.cb)])

@@ -6,12 +6,16 @@ A **tile** is a block of output rows x columns of one or several images with the
 * *strips first*: strip outermost, output groups inner. The layer's weights stay in the weight buffer, every pass loads
   its own again from there. Only the first strip's input must be there before work begins.
 * *groups first*: output group outermost, strips inner. Weights are loaded once per output group and tile.
+
+The first tile of a layer has an order of its own, in which work begins early: `lowering.basis_schedule`.
 """
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from heapq import nsmallest
 
 from lowering.basis import PASS_OVERHEAD_CYCLES
+from lowering.basis_schedule import Schedule, Scheduler
 from lowering.tiling import MAX_COUNT, Window, _halvings, _spans, make_window
 from spec.derive import ceil_div
 from spec.errors import InputError
@@ -21,6 +25,8 @@ from spec.isa import Mode
 SIMULATED_TILES = 6
 #: Transfers ahead of their use, each of which may be an outstanding token.
 MOST_AHEAD = 96
+#: Plans whose first tile is scheduled in all ways.
+FINALISTS = 3
 #: Ways tried to cut the columns of a tile into strips.
 MOST_COLUMN_STRIPS = 8
 
@@ -45,13 +51,12 @@ class BasisPlan:
     #: Images in a tile; ``merged``: outputs of one pixel, whose images are the pixels of a strip.
     images: int
     merged: bool
-    #: Output rows and columns of a tile, bundles in it; output rows and columns of a strip, rows of the very first one.
+    #: Output rows and columns of a tile, bundles in it; output rows and columns of a strip.
     rows: int
     cols: int
     bundles: int
     strip_rows: int
     strip_cols: int
-    first_rows: int
     #: Order of work in a tile, see the module.
     strips_first: bool
     #: Pixels from one row to the next, blocks per pixel, blocks per bundle and image.
@@ -62,12 +67,12 @@ class BasisPlan:
     regions: int
     #: Estimate used by the search.
     cost_cycles: int
+    #: Order of work in the first tile.
+    schedule: Schedule | None = field(default=None, repr=False)
 
-    def strips(self, rows, cols, first):
-        """(first row, rows, first column, columns) of each strip of a tile; ``first``: the layer's first tile."""
-        begin = min(self.first_rows, rows) if first else 0
-        spans = ([(0, begin)] if begin else []) + [(begin + y, n) for y, n in _spans(rows - begin, self.strip_rows)]
-        return [(y, n, x, m) for y, n in spans for x, m in _spans(cols, self.strip_cols)]
+    def strips(self, rows, cols):
+        """(first row, rows, first column, columns) of each strip of a tile, the first tile excepted."""
+        return [(y, n, x, m) for y, n in _spans(rows, self.strip_rows) for x, m in _spans(cols, self.strip_cols)]
 
 
 @lru_cache(maxsize=65536)
@@ -101,6 +106,12 @@ class BasisTiler:
         if biggest > min(sizes.weight_beats, 1 << 16):
             raise InputError(f"must have passes whose weights fit configuration {sizes.config.name} "
                              "(memory.weight_bytes)", field=f"layer {job.name}", value=biggest * sizes.beat_bytes)
+        #: Whether all weights stay on chip.
+        self.resident = self.weight_beats <= min(sizes.weight_beats, 1 << 16)
+        planes = job.output.planes
+        #: Beats of the parameters that are loaded first.
+        self.parameter_beats = sizes.parameter_beats * (
+            planes if planes <= sizes.config.memory.parameter_groups else sizes.config.memory.parameter_groups // 2)
         # Passes that cost the same are counted together: (pass, beats, how many of the layer).
         counts = Counter((run.work, self._beats(run)) for group in job.passes for run in group)
         alike = {(run.work, self._beats(run)): run for group in job.passes for run in group}
@@ -110,6 +121,20 @@ class BasisTiler:
     def _beats(self, run):
         """Beats that a pass loads whenever the pass before was another one."""
         return (len(run.coefficients) + (0 if self._shared is not None else len(run.taps))) // self.sizes.beat_bytes
+
+    def beats(self, run, first):
+        """Beats that a pass loads whenever the pass before was another one; ``first``: there was none."""
+        shared = len(run.taps) // self.sizes.beat_bytes if first and self._shared is not None else 0
+        return self._beats(run) + shared
+
+    def fresh_beats(self, group, first):
+        """Beats of an output group's weights in memory; ``first``: with the taps that all share."""
+        shared = len(self._shared or b"") // self.sizes.beat_bytes if first else 0
+        return self.group_beats[group] + shared
+
+    def cycles(self, run, rows, cols, strip):
+        """Estimated cycles of a pass on a strip (`pass_cycles`)."""
+        return pass_cycles(self, run, rows, cols, strip)[0]
 
     # -- geometry ----------------------------------------------------------------------------------------------------
     def window(self, axis, first, count):
@@ -145,17 +170,20 @@ class BasisTiler:
             return end - (window.first * job.stride[0] - job.origin[0])
         return min(end, job.input.height) - window.start
 
+    def columns_needed(self, window, first, count):
+        """Tile columns that must lie in the scratchpad for some output columns: those before this one. No border."""
+        job = self.job
+        end = (first + count - 1) * job.stride[1] - job.origin[1] + (job.kernel[1] - 1) * job.dilation[1] + 1
+        return min(end, job.input.width) - window.start
+
     # -- search ------------------------------------------------------------------------------------------------------
     def plan(self):
         """The cheapest plan. Raises InputError if even one output pixel cannot be computed."""
-        best = None
-        for candidate in self._candidates():
-            if best is None or candidate.cost_cycles < best.cost_cycles:
-                best = candidate
-        if best is None:
+        finalists = nsmallest(FINALISTS, self._candidates(), key=lambda plan: plan.cost_cycles)
+        if not finalists:
             raise InputError(f"must fit configuration {self.sizes.config.name} (memory.activation_bytes)",
                              field=f"layer {self.job.name}")
-        return best
+        return min((self._costed(plan, thorough=True) for plan in finalists), key=lambda plan: plan.cost_cycles)
 
     def _candidates(self):
         job, out = self.job, self.job.output
@@ -198,29 +226,24 @@ class BasisTiler:
             return
         common = {"images": images, "merged": merged, "rows": rows, "cols": cols, "bundles": bundles, "pitch": pitch,
                   "cb": cb, "area": area, "regions": regions}
-        orders = (True, False) if self.weight_beats <= min(sizes.weight_beats, 1 << 16) else (False,)
-        for strip_rows, strip_cols, first_rows in self._strips(rows, cols):
-            strips = ceil_div(rows, strip_rows) + (first_rows < strip_rows)
+        orders = (True, False) if self.resident else (False,)
+        for strip_rows, strip_cols in self._strips(rows, cols):
+            strips = ceil_div(rows, strip_rows) * ceil_div(cols, strip_cols)
             if regions == 2 and strips * bundles * images > MOST_AHEAD and rows * cols * bundles * images != 1:
                 continue
             for strips_first in orders:
-                plan = BasisPlan(**common, strip_rows=strip_rows, strip_cols=strip_cols, first_rows=first_rows,
-                                 strips_first=strips_first, cost_cycles=0)
-                cost = self._cost(plan, x_windows, y_windows)
-                yield BasisPlan(**common, strip_rows=strip_rows, strip_cols=strip_cols, first_rows=first_rows,
-                                strips_first=strips_first, cost_cycles=cost)
+                yield self._costed(BasisPlan(**common, strip_rows=strip_rows, strip_cols=strip_cols,
+                                             strips_first=strips_first, cost_cycles=0))
 
     def _strips(self, rows, cols):
-        """Choices of (strip rows, strip columns, rows of the first strip)."""
+        """Choices of (strip rows, strip columns)."""
         out = set()
         for parts in range(1, min(cols, max(MOST_COLUMN_STRIPS, ceil_div(cols, self.max_pixels) + 1)) + 1):
             sc = ceil_div(cols, parts)
             if sc > self.max_pixels:
                 continue
             least = ceil_div(rows, max(1, self.max_pixels // sc))
-            for count in (least, 2 * least):
-                sr = ceil_div(rows, count)
-                out |= {(sr, sc, first) for first in (sr, ceil_div(sr, 2), ceil_div(sr, 4))}
+            out |= {(ceil_div(rows, count), sc) for count in (least, 2 * least)}
         return sorted(out, reverse=True)
 
     # -- estimate ----------------------------------------------------------------------------------------------------
@@ -238,9 +261,14 @@ class BasisTiler:
                          PASS_OVERHEAD_CYCLES) for run, beats, count in self._kinds)
         return self._known[key]
 
-    def _cost(self, plan, x_windows, y_windows):
-        """Rough cycles: the load unit and the engine side by side."""
-        job = self.job
+    def _costed(self, plan, thorough=False):
+        """The plan with a schedule, the best one if ``thorough``, and its estimated cycles: the first tile's schedule,
+        then load unit and engine side by side."""
+        job, out = self.job, self.job.output
+        x_windows = [self.window(1, x, n) for x, n in _spans(out.width, plan.cols)]
+        y_windows = [self.window(0, y, n) for y, n in _spans(out.height, plan.rows)]
+        scheduler = Scheduler(self, plan, y_windows[0], x_windows[0])
+        schedule = scheduler.best()[0] if thorough else scheduler.simple()
         share = plan.bundles / len(self.bundles)
         tiles = [(y, x) for y in y_windows for x in x_windows]
         copies = ceil_div(self.batch, plan.images) * ceil_div(len(self.bundles), plan.bundles)
@@ -249,16 +277,14 @@ class BasisTiler:
         groups = len(job.passes) * share
         several = len(job.passes) > 1 or len(job.passes[0]) > 1
         weights = self.weight_beats * share
-        resident = self.weight_beats <= self.sizes.weight_beats
         depth = job.span * plan.bundles
         images = 1 if plan.merged else plan.images
-        load = comp = 0
-        ends = []
-        for number, (rows, cols) in enumerate(tiles):
+        load, comp = schedule.load_cycles, schedule.engine_cycles
+        ends = [comp]
+        for number, (rows, cols) in enumerate(tiles[1:], 1):
             if plan.regions == 2 and number >= 2:
                 load = max(load, ends[number - 2])
-            strips = plan.strips(rows.count, cols.count, number == 0)
-            fresh = number == 0 or not resident
+            strips = plan.strips(rows.count, cols.count)
             spent, reached = 0, 0
             for image in range(images):
                 for y, n, x, m in strips:
@@ -269,19 +295,14 @@ class BasisTiler:
                         load += max(0, end - (reached if image * plan.rows + y else 0)) * cols.data * depth
                         reached = end
                     if plan.strips_first:
-                        if image == 0 and y == 0 and x == 0 and fresh:
-                            comp = max(comp, load + weights / groups)
-                            load += weights
-                            comp = max(comp + cycles, load)
-                        else:
-                            comp = max(comp, load) + cycles
-                    else:
-                        if image == 0 and y == 0 and x == 0 and fresh:
-                            load += weights / groups
-                        comp = max(comp, load) + cycles / groups
-                        spent += cycles / groups
+                        comp = max(comp, load) + cycles
+                        continue
+                    if image == 0 and y == 0 and x == 0 and not self.resident:
+                        load += weights / groups
+                    comp = max(comp, load) + cycles / groups
+                    spent += cycles / groups
             if not plan.strips_first:
-                load += weights * (groups - 1) / groups if fresh else 0
+                load += 0 if self.resident else weights * (groups - 1) / groups
                 each = max(spent, max(self.group_beats))
                 comp = max(comp + (groups - 1) * each, load)
             ends.append(comp)
@@ -290,7 +311,8 @@ class BasisTiler:
             step = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else ends[0]
             last += (total - len(ends)) * step
         # Transfers that nobody waits for are not for nothing either.
-        return int(last + load / 8 * total / len(ends))
+        cost = last + schedule.cycles - schedule.engine_cycles + (load - schedule.load_cycles) / 8 * total / len(ends)
+        return replace(plan, schedule=schedule, cost_cycles=int(cost))
 
 
 def pass_cycles(tiler, run, rows, cols, strip):

@@ -253,7 +253,8 @@ class Emitter:
     def _load_tile(self, target, written, address, base, dims):
         """LOAD_TILE over ``dims`` (count, units apart in memory, words apart on chip), outermost first.
 
-        Neighbouring dimensions that are contiguous on both sides become one, so that bursts are as long as possible.
+        written: (memory, first word, words), or a list of them. Neighbouring dimensions that are contiguous on both sides
+        become one, so that bursts are as long as possible.
         """
         merged = []
         for count, memory, chip in reversed(dims):
@@ -269,7 +270,8 @@ class Emitter:
         while len(merged) < 3:
             merged.insert(0, (1, 0, 0))
         (planes, plane_stride, plane_step), (rows, row_stride, row_step), (cols, _, col_step) = merged
-        self.program.emit(Opcode.LOAD_TILE, writes=[written], target=target, address=address, planes=planes, rows=rows,
+        written = written if isinstance(written, list) else [written]
+        self.program.emit(Opcode.LOAD_TILE, writes=written, target=target, address=address, planes=planes, rows=rows,
                           cols=cols, plane_stride=plane_stride, row_stride=row_stride, base=base, plane_step=plane_step,
                           row_step=row_step, col_step=col_step)
 

@@ -65,14 +65,13 @@ def test_plans_cover_all_outputs_and_fit(rng, name, size):
     tiler = _tiler(rng, config, size=size, pads=(1, 1, 1, 1), intermediate_bits=bits, batch=2)
     plan, sizes, out = tiler.plan(), tiler.sizes, tiler.job.output
     assert plan.area * plan.images * plan.bundles * plan.regions <= sizes.activation_blocks
-    for first in (True, False):
-        covered = set()
-        for y, n, x, m in plan.strips(plan.rows, plan.cols, first):
-            assert n >= 1 and m >= 1 and n * m <= sizes.accumulator_depth
-            fresh = {(r, c) for r in range(y, y + n) for c in range(x, x + m)}
-            assert not covered & fresh
-            covered |= fresh
-        assert len(covered) == plan.rows * plan.cols
+    covered = set()
+    for y, n, x, m in plan.strips(plan.rows, plan.cols):
+        assert n >= 1 and m >= 1 and n * m <= sizes.accumulator_depth
+        fresh = {(r, c) for r in range(y, y + n) for c in range(x, x + m)}
+        assert not covered & fresh
+        covered |= fresh
+    assert len(covered) == plan.rows * plan.cols
     assert plan.rows <= out.height and plan.cols <= out.width and plan.cost_cycles > 0
 
 

@@ -469,15 +469,20 @@ def _wide(bits, columns, slots, **control):
 WIDE = {"wide128": _wide(128, 8, 4, queue_depth=2, fetch_depth=2),
         "wide256": _wide(256, 8, 8, queue_depth=8, fetch_depth=16),
         "wide512": _wide(512, 16, 8, queue_depth=4, fetch_depth=8)}
-_BASIS = load("tiny_basis")
-#: Basis engines besides the presets: a queue with output register and a large window; no structured engine.
+_BASIS, _MAPS = load("tiny_basis"), load("tiny_maps")
+#: Basis engines besides the presets: a queue with output register and a large window; no structured engine; maps whose
+#: segments are longer than the queues of their decoders.
 BASIS = {
     "basis_deep": replace(
         _BASIS, basis=replace(_BASIS.basis, fifo_depth=5, window=9, stream_groups=2, coefficient_rows=8)),
-    "basis_alone": replace(_BASIS, structured=None, basis=replace(_BASIS.basis, fifo_depth=3, multipliers=4, slices=1))}
+    "basis_alone": replace(_BASIS, structured=None, basis=replace(_BASIS.basis, fifo_depth=3, multipliers=4, slices=1)),
+    "maps_long": replace(
+        _MAPS, basis=replace(_MAPS.basis, slices=3, stream_groups=4, coefficient_rows=32, fifo_depth=4),
+        memory=replace(_MAPS.memory, activation_bytes=8192, weight_bytes=4096),
+        bus=replace(_MAPS.bus, data_bits=32))}
 #: Configurations of a run without names.
 DEFAULT = ("tiny", "bus32", "groups", "dense", "block8", "wide128", "wide256", "tiny_basis", "tiny_maps", "basis_deep",
-           "basis_alone")
+           "basis_alone", "maps_long")
 
 
 def configuration(name):

@@ -28,7 +28,8 @@ class BasisEngine(wiring.Component):
 
     Loader -> streamer -> coefficient stage -> queue -> multipliers -> accumulators. Each part works on its own pass:
     while the multipliers finish one, the coefficient stage may be at the next and the loader at the one after that.
-    Tokens of the load unit are taken before a pass enters the loader, those of the store unit before its first micro-step.
+    Tokens of the load unit are taken before a pass enters the loader, those of the store unit before its first
+    micro-step.
 
     Throughput: one micro-step per cycle, blocks x slices x q multiplications, as long as the coefficient stage needs no
     more cycles for a pixel than the multipliers, and loading no more than the pass before.

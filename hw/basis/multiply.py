@@ -18,8 +18,8 @@ class BasisMultiply(wiring.Component):
 
     Values are pushed into the blocks' windows ahead of their use, up to the window's size, also those of the next row;
     zeros follow a row's last value. So a row costs no cycle beyond its micro-steps as long as the values come in time
-    and the window is larger than the kernel's reach. A pass waits for a token of the store unit, if it wants one, before
-    its first micro-step, and gives its tokens as its last sum is in the accumulators.
+    and the window is larger than the kernel's reach. A pass waits for a token of the store unit, if it wants one,
+    before its first micro-step, and gives its tokens as its last sum is in the accumulators.
 
     Latency: `latency` cycles from a micro-step to its sum in the accumulators; 2 cycles between passes. Throughput: one
     micro-step per cycle, slices x q products of each block.

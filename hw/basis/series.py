@@ -27,7 +27,8 @@ class SeriesSlice(wiring.Component):
     """IR of one basis kernel of one output: ``sum over words, lanes of (+x, -x or 0)``, clamped once at the end.
 
     ``groups[l]`` is the channel group that lane l works on; ``code`` holds for each lane the place in the group,
-    whether there is a coefficient, and its sign. No multiplier: a negative coefficient inverts the activation and carries in 1.
+    whether there is a coefficient, and its sign. No multiplier: a negative coefficient inverts the activation and
+    carries in 1.
     All registers move only while ``advance`` is 1. One cycle after ``groups``, ``add`` says that they were a word, and
     ``first`` and ``last`` that it was the pixel's first or last.
 

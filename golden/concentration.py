@@ -1,9 +1,10 @@
 """Cycles of the maps variant's lanes: docs/basis.md, "Concentration (maps)".
 
 A slice adds up the *matches* of a stream word (coefficient not 0 and activation not equal to the zero point), with one
-lane for each channel position. Lane l takes from its own column, or else the (d+1)-th pending match of column
-``(l + d) mod lanes``, ``d = 1 .. look_aside``. How many matches a column has is all that matters for the cycles, as a
-cycle takes from it a count that does not depend on their channel groups.
+lane for each channel position. In every cycle each lane takes a match of its own column if there is one; then, in
+rounds ``d = 1 .. look_aside``, each lane that has nothing yet takes one of column ``(l + d) mod lanes`` if one is left.
+How many matches a column has is all that matters for the cycles, as a cycle takes from it a count that does not depend
+on their channel groups.
 """
 import numpy as np
 
@@ -38,7 +39,8 @@ def _cycles(columns, look_aside):
         free, taken = ~pending, pending.astype(np.uint8)
         for d in range(1, look_aside + 1):
             # Lane l sees column l + d, which begins with lane d.
-            take = np.concatenate([columns[d % lanes:], columns[:d % lanes]]) > d
+            rest = columns > taken
+            take = np.concatenate([rest[d % lanes:], rest[:d % lanes]])
             take &= free
             free ^= take
             taken[d % lanes:] += take[:lanes - d % lanes]

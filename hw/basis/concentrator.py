@@ -1,4 +1,7 @@
 """One slice of the maps variant: lanes that look for work in a stream word and add it up without a multiplier."""
+from functools import reduce
+from operator import or_
+
 from amaranth.hdl import Cat, Const, Module, Mux, Shape, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
@@ -10,6 +13,11 @@ def rotate(columns, distance):
     """Bit l of the result is bit ``(l + distance) mod len`` of ``columns``."""
     distance %= len(columns)
     return Cat(columns[distance:], columns[:distance])
+
+
+def any_of(terms):
+    """Bitwise or of ``terms``, at least one."""
+    return reduce(or_, terms)
 
 
 def add(a, b, carry):
@@ -54,33 +62,43 @@ class Concentrator(wiring.Component):
         self._config = config
         super().__init__(self.members(config))
 
-    def _build_rule(self, m, pending):
-        """take[d][g]: the columns of group g of which the lane ``d`` places before takes a match."""
+    def _build_matches(self, m, pending):
+        """chosen[k][g]: columns whose (k+1)-th match is in group g; seen[k]: columns that have more than k matches.
+
+        k goes as far as the rounds can: the last one takes no match of a column behind the (look_aside + 1)-th.
+        """
         b = self._config.basis
-        depth = min(b.look_aside + 1, b.stream_groups)      # the (d+1)-th match of a column needs d+1 groups
-        # seen[k]: columns that have more than k pending matches in the groups so far
-        seen = [Const(0, b.group)] * depth
-        chosen = [[] for _ in range(depth)]                 # chosen[k][g]: the (k+1)-th match of the column is in g
+        depth = min(b.look_aside + 1, b.stream_groups)
+        seen = [Const(0, b.group)] * depth                  # of the groups so far
+        chosen = [[] for _ in range(depth)]
         for g, p in enumerate(pending):
             next_seen = []
             for k in range(depth):
                 reaches = p & seen[k - 1] if k else p
-                chosen[k].append(reaches & ~seen[k])
-                more = Signal(b.group, name=f"seen{k}_{g}")
-                m.d.comb += more.eq(seen[k] | reaches)
-                next_seen.append(more)
+                chosen[k].append(Signal(b.group, name=f"chosen{k}_{g}"))
+                next_seen.append(Signal(b.group, name=f"seen{k}_{g}"))
+                m.d.comb += [chosen[k][g].eq(reaches & ~seen[k]), next_seen[k].eq(reaches | seen[k])]
             seen = next_seen
-        take, free = [], Const(-1, b.group)                 # free: lanes that have found nothing yet
-        for d in range(depth):
-            allowed = Signal(b.group, name=f"allowed{d}")
-            m.d.comb += allowed.eq(rotate(free, -d))
-            take.append([])
-            for g in range(b.stream_groups):
-                taken = Signal(b.group, name=f"take{d}_{g}")
-                m.d.comb += taken.eq(chosen[d][g] & allowed)
-                take[d].append(taken)
-            left = Signal(b.group, name=f"free{d}")
-            m.d.comb += left.eq(free & ~rotate(seen[d], d))
+        return chosen, seen
+
+    def _build_rule(self, m, pending):
+        """take[d][g]: the columns of group g of which the lane ``d`` places before takes a match."""
+        b = self._config.basis
+        chosen, seen = self._build_matches(m, pending)
+        take, free = [chosen[0]], ~seen[0]                  # free: lanes that have found nothing yet
+        # offer[k]: columns of which k matches are taken and the next is there; a column is in one of them at most
+        offer = {1: seen[1]} if len(seen) > 1 else {}
+        for d in range(1, b.look_aside + 1 if offer else 1):
+            asked, left = Signal(b.group, name=f"asked{d}"), Signal(b.group, name=f"free{d}")
+            m.d.comb += [asked.eq(rotate(free, -d)), left.eq(free & ~rotate(any_of(offer.values()), d))]
+            given = {k: Signal(b.group, name=f"given{d}_{k}") for k in offer}
+            m.d.comb += [given[k].eq(columns & asked) for k, columns in offer.items()]
+            take.append([Signal(b.group, name=f"take{d}_{g}") for g in range(b.stream_groups)])
+            m.d.comb += [taken.eq(any_of(given[k] & chosen[k][g] for k in given)) for g, taken in enumerate(take[d])]
+            stay = {k: columns & ~asked for k, columns in offer.items()}
+            move = {k + 1: columns & seen[k + 1] for k, columns in given.items() if k + 1 < len(seen)}
+            offer = {k: Signal(b.group, name=f"offer{d}_{k}") for k in stay | move}
+            m.d.comb += [columns.eq(any_of(c[k] for c in (stay, move) if k in c)) for k, columns in offer.items()]
             free = left
         return take
 
@@ -97,23 +115,15 @@ class Concentrator(wiring.Component):
                      for g, (p, r) in enumerate(zip(pending, rest))]
         take = self._build_rule(m, pending)
         for g in groups:
-            taken = take[0][g]
-            for d in range(1, len(take)):
-                taken = taken | take[d][g]
-            m.d.comb += left[g].eq(pending[g] & ~taken)
+            m.d.comb += left[g].eq(pending[g] & ~any_of(of_group[g] for of_group in take))
             with m.If(self.pick):
                 m.d.sync += rest[g].eq(left[g])
         m.d.comb += self.done.eq(~Cat(left).any())
 
         def select(values):
             """From ``values[g]`` (a bit per column) what each lane has taken, a bit per lane."""
-            lanes = 0
-            for d, of_group in enumerate(take):
-                columns = 0
-                for g in groups:
-                    columns = columns | (of_group[g] & values[g])
-                lanes = lanes | rotate(columns, d)
-            return lanes
+            columns = [any_of(of_group[g] & values[g] for g in groups) for of_group in take]
+            return any_of(rotate(of_lanes, d) for d, of_lanes in enumerate(columns))
 
         # -x = ~x + 1: the ones are the carries of the adders, of which there are as many as lanes
         minus = Signal(b.group)

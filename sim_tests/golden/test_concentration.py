@@ -6,25 +6,18 @@ from golden.concentration import full_compaction_cycles, pixel_word_cycles, word
 
 
 def slow_cycles(matches, look_aside):
-    """Columns as lists of pending channel groups; lane after lane, all looking at the state before the cycle."""
+    """Columns as lists of pending channel groups, lane after lane; within a round their order does not matter."""
     groups, lanes = matches.shape
     columns = [[g for g in range(groups) if matches[g, c]] for c in range(lanes)]
     cycles = 0
     while any(columns):
         cycles += 1
-        taken = []
-        for lane in range(lanes):
-            if columns[lane]:
-                taken.append((lane, columns[lane][0]))
-                continue
-            for d in range(1, look_aside + 1):
-                column = (lane + d) % lanes
-                if len(columns[column]) >= d + 1:
-                    taken.append((column, columns[column][d]))
-                    break
-        assert len(set(taken)) == len(taken) > 0, "two lanes met"
-        for column, group in taken:
-            columns[column].remove(group)
+        taken = set()
+        for d in range(look_aside + 1):
+            for lane in reversed(range(lanes)):
+                if lane not in taken and columns[(lane + d) % lanes]:
+                    columns[(lane + d) % lanes].pop(0)
+                    taken.add(lane)
     return cycles
 
 
@@ -44,6 +37,20 @@ def test_one_full_column_is_shared_by_its_neighbours(column):
     matches = np.zeros((9, 16), bool)
     matches[:, column] = True
     assert [int(word_cycles(matches, look_aside=n)) for n in range(4)] == [9, 5, 3, 3]
+
+
+@pytest.mark.parametrize("counts, cycles", [
+    ([2, 0, 0, 1], [2, 1, 1, 1]),           # the next lane has nothing
+    ([2, 1, 0, 1], [2, 2, 1, 1]),           # it is busy: the one behind takes the second match
+    ([2, 1, 1, 1], [2, 2, 2, 2]),           # no lane is left
+    ([3, 0, 0, 1], [3, 2, 1, 1]),           # both in reach take one
+    ([2, 2, 0, 0], [2, 2, 2, 1]),           # the lane behind both looks at the nearer column first
+    ([4, 0, 0, 0], [4, 2, 2, 1]),
+    ([5, 1, 0, 0], [5, 3, 2, 2]),
+])
+def test_a_busy_lane_leaves_matches_to_those_behind(counts, cycles):
+    matches = np.arange(5)[:, None] < np.array(counts)
+    assert [int(word_cycles(matches[:, [0, 3, 2, 1]], look_aside=n)) for n in range(4)] == cycles
 
 
 def test_no_matches_cost_nothing_and_many_arrays_are_cut():

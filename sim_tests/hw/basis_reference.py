@@ -113,19 +113,15 @@ def concentrate(config, matches):
     for c in range(lanes):
         pending.append([g for g in range(len(matches)) if matches[g][c]])
     while any(pending):
-        taken = []
-        for lane in range(lanes):
-            if pending[lane]:
-                taken.append((lane, pending[lane][0], lane))
-                continue
-            for d in range(1, config.basis.look_aside + 1):
+        taken, idle = [], list(range(lanes))
+        for d in range(config.basis.look_aside + 1):
+            looking, idle = idle, []
+            for lane in looking:
                 column = (lane + d) % lanes
-                if len(pending[column]) > d:
-                    taken.append((lane, pending[column][d], column))
-                    break
-        assert len({t[1:] for t in taken}) == len(taken), "two lanes met"
-        for _, g, c in taken:
-            pending[c].remove(g)
+                if pending[column]:
+                    taken.append((lane, pending[column].pop(0), column))
+                else:
+                    idle.append(lane)
         cycles.append(taken)
     return cycles
 

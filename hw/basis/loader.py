@@ -17,7 +17,8 @@ class BasisLoader(wiring.Component):
     while that one still works, as soon as nobody reads it any more: ``tap_use`` and ``coefficient_use`` say for each
     half whether a job that has been offered still needs it. A job that loads none uses the half of the job before.
 
-    Latency: 3 cycles, 1 per beat, 2 each for taps and coefficients if there are any. Throughput: one beat per cycle.
+    Latency: the offer comes 2 cycles after acceptance, n + 3 later for n beats of taps, and again of coefficients.
+    Throughput: one beat per cycle.
     Errors: ILLEGAL_FIELD, SCRATCHPAD_RANGE (weight buffer); nothing is offered after one.
     Parameters: config (spec.config.Config).
     """

@@ -21,8 +21,9 @@ class BasisMultiply(wiring.Component):
     and the window is larger than the kernel's reach. A pass waits for a token of the store unit, if it wants one,
     before its first micro-step, and gives its tokens as its last sum is in the accumulators.
 
-    Latency: `latency` cycles from a micro-step to its sum in the accumulators; 2 cycles between passes. Throughput: one
-    micro-step per cycle, slices x q products of each block.
+    Latency: `latency` cycles from a micro-step to its sum in the accumulators; between passes `reach` cycles (the pushes
+    of the first output) pass without a micro-step, 1 for POINTWISE. Throughput: one micro-step per cycle, slices x q
+    products of each block.
     Parameters: config (spec.config.Config).
     """
 

@@ -34,7 +34,7 @@ def _ports(top):
 
 
 class Planted(wiring.Component):
-    """The accelerator with an input ``fault`` that selects the planted fault; 0: none."""
+    """The accelerator, or a part of it, with an input ``fault`` that selects the planted fault; 0: none."""
 
     def __init__(self, *, accelerator):
         self._inner = accelerator
@@ -44,12 +44,12 @@ class Planted(wiring.Component):
         m = Module()
         m.submodules.accelerator = self._inner
         m.d.comb += FAULT.eq(self.fault)
-        for name in self._inner.signature.members:
+        for name, member in self._inner.signature.members.items():
             inner, outer = getattr(self._inner, name), getattr(self, name)
             if hasattr(inner, "signature"):
                 wiring.connect(m, wiring.flipped(outer), inner)
             else:
-                m.d.comb += outer.eq(inner)
+                m.d.comb += inner.eq(outer) if member.flow == In else outer.eq(inner)
         return m
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sim_tests.golden.test_machine_basis import AT_EXECUTION, PROGRAM, STATIC, one_pass
+from sim_tests.golden.test_machine_basis import AT_EXECUTION, PROGRAM, STATIC, Program, one_pass
 from sim_tests.hw.harness import run_machine, simulator_of, verdict
 from sim_tests.hw.test_basis_programs import CONFIGS
 from sim_tests.bench.simulation import simulate
@@ -69,3 +69,25 @@ def test_error_address_is_the_instruction():
         assert run.error in (Error.ILLEGAL_FIELD, Error.STREAM_ADDRESS) and run.finished
         at = PROGRAM + (count - 2) * program.sizes.instruction_beats * program.sizes.beat_bytes
         assert run.registers["ERROR_ADDRESS_LOW"] == (at if static else 0)
+
+
+def test_overflow_of_32_bits():
+    """Without the structured engine: as many passes of the largest sum as fit, and one more."""
+    config = CONFIGS["tiny_maps"]
+    b = config.basis
+    most = 255 * 128 * b.tap_rows * b.group
+    for passes, code in (((1 << 31) // most, None), ((1 << 31) // most + 1, Error.ACCUMULATOR_OVERFLOW)):
+        program = Program(config)
+        program.memory = np.concatenate([program.memory, np.zeros(passes * 32, np.uint8)])
+        fields = program.image(np.full((1, 1, b.tap_rows, b.group), 127, np.int8)) | {
+            "out_rows": 1, "out_cols": 1, "mode": Mode.POINTWISE, "zero_point": -128, "kernel_rows": 1,
+            "kernel_cols": 1, "dilation_rows": 1, "dilation_cols": 1}
+        loaded = program.weights(np.full((b.tap_rows, b.blocks, b.slices, b.multipliers), -128, np.int8))
+        program.add(Opcode.BARRIER)
+        for n in range(passes):
+            program.add(Opcode.EXECUTE_BASIS, **fields | (loaded if n == 0 else {"accumulate": 1}))
+        memory, count = image(program)
+        says = run_machine(config, memory, PROGRAM, count)
+        assert (says[0] if isinstance(says, tuple) else None) is code
+        assert verdict(simulator_of(config), config, memory, PROGRAM, count, 0, f"{passes} passes") == (
+            "same memory" if code is None else "same error")

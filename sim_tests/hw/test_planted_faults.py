@@ -18,11 +18,11 @@ from spec.registers import Error
 
 #: Check names are "job: kind of difference", see `jobs` and tb_planted.
 FAULTS = (
-    Fault("hw.structured.accumulators", "old[col] + self.sums[col]", "old[col] - self.sums[col]", "a: memory"),
+    Fault("hw.accumulators", "old[col] + given.sums[col]", "old[col] - given.sums[col]", "a: memory"),
     Fault(
-        "hw.structured.accumulators",
-        "Mux(self.sums[col] > old[col], self.sums[col], old[col])",
-        "self.sums[col]",
+        "hw.accumulators",
+        "Mux(given.sums[col] > old[col], given.sums[col], old[col])",
+        "given.sums[col]",
         "a: memory",
     ),
     Fault("hw.structured.pe", "selected * value", "selected * value + 1", "a: memory"),

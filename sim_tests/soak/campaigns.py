@@ -4,6 +4,8 @@ The checks are the regular tests themselves, so a mutant that survives here surv
 """
 from dataclasses import dataclass, replace
 
+from hw.basis.multiply import BasisMultiply
+from hw.basis.series import SeriesStage
 from hw.bus.read import ReadMaster
 from hw.bus.write import WriteMaster
 from hw.control.command import CommandProcessor
@@ -14,6 +16,11 @@ from spec.config import load
 TINY = load("tiny")
 #: A whole vector of extremes leaves 18 bits: with 32 no test of bearable length would reach an end.
 NARROW = replace(TINY, structured=replace(TINY.structured, accumulator_bits=18))
+
+BASIS = load("tiny_basis")
+#: Few slices, and IR that saturates.
+SERIES = replace(BASIS, structured=None,
+                 basis=replace(BASIS.basis, blocks=2, slices=2, multipliers=3, intermediate_bits=9))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,5 +43,7 @@ CAMPAIGNS = {
         f"sim_tests.hw.bus.{name}" for name in ("tb_read_faults", "tb_anywhere", "tb_read"))),
     "write_master": Campaign(component=WriteMaster, modules=tuple(
         f"sim_tests.hw.bus.{name}" for name in ("tb_write_faults", "tb_anywhere", "tb_write"))),
+    "series_stage": Campaign(component=SeriesStage, config=SERIES, modules=("sim_tests.hw.tb_basis_series",)),
+    "basis_multiply": Campaign(component=BasisMultiply, config=SERIES, modules=("sim_tests.hw.tb_basis_multiply",)),
     "command": Campaign(component=CommandProcessor, modules=("sim_tests.hw.tb_command",)),
 }

@@ -57,6 +57,8 @@ class InputPiece:
 class BasisEmitter(Emitter):
     """Emits one job of the basis engine into a program."""
 
+    short_bursts = True
+
     def __init__(self, job, plan, tiler, sizes, program, constants, batch):
         super().__init__(job, plan, sizes, program, constants, batch)
         self.tiler = tiler
@@ -150,6 +152,8 @@ class BasisEmitter(Emitter):
                 begin = min(plan.schedule.quiet, end - 1)
             for k, piece in enumerate(mine):
                 self.ahead[begin + k * (end - begin) // len(mine)].append(piece)
+        #: Output groups of the first tile in the order in which they begin.
+        self.group_order = list(dict.fromkeys(step.group for step in plan.schedule.steps))
         self._deadlines = [p.deadline for p in self.pieces]
 
     # -- emission --------------------------------------------------------------------------------------------------
@@ -158,7 +162,7 @@ class BasisEmitter(Emitter):
         item = self.items[0]
         weights = self._allocation(self.job.passes[item.group][0])
         self.weight.load(weights, min(weights.length, PRELOAD_BEATS))
-        self._load_parameters(item.group)
+        super()._load_parameters(item.group)
 
     def emit(self):
         """All instructions of the layer, without the barrier behind it."""
@@ -172,7 +176,7 @@ class BasisEmitter(Emitter):
         before = plan.schedule.before
         for at, item in enumerate(self.items):
             for transfer in before[at] if at < len(before) else ():
-                self._transfer(transfer)
+                self._transfer(transfer, item.group)
             end = bisect_right(self._deadlines, at)
             for piece in self.pieces[self.done:end]:
                 self._load_input(piece)
@@ -181,14 +185,23 @@ class BasisEmitter(Emitter):
                 self._execute(item, run, number)
             self._store(item)
             self.bank ^= 1
-            if following[at] is not None and (at >= len(before) or not self.tiler.resident):
+            if following[at] is not None and (at >= len(before) or self._spare(at)):
                 self._prefetch(self.job.passes[item.group], self.job.passes[following[at]])
             for piece in self.ahead[at]:
                 self._load_input(piece)
 
-    def _transfer(self, transfer):
-        """One transfer of the first tile's schedule."""
-        if transfer.group is None:
+    def _spare(self, at):
+        """Whether weights that do not all fit may be loaded ahead behind an item of the first tile: not before input
+        that the same output group still waits for."""
+        if self.tiler.resident or at + 1 >= len(self.items) or self.items[at + 1].group != self.items[at].group:
+            return not self.tiler.resident
+        return not any(t.end for transfers in self.plan.schedule.before[at + 1:] for t in transfers)
+
+    def _transfer(self, transfer, current):
+        """One transfer of the first tile's schedule, before an item of output group ``current``."""
+        if transfer.parameters:
+            self._parameters_upto(transfer.parameters)
+        elif transfer.group is None:
             tile = self.tiles[0]
             self._open(0)
             place = transfer.place * tile.images + transfer.image
@@ -196,10 +209,29 @@ class BasisEmitter(Emitter):
                 self._load_columns(self.regions[0], place, transfer)
             else:
                 self._load_piece(self.regions[0], place, transfer.begin, transfer.end)
-        elif self.tiler.resident or not self.taps:
+        elif self.tiler.resident or transfer.group == current:
             for run in self.job.passes[transfer.group]:
                 if self.blobs[run].beats and (self.tiler.resident or not self.weight.live):
                     self.weight.load(self._allocation(run))
+        else:
+            order = self.group_order
+            between = order[order.index(current):order.index(transfer.group)]
+            earlier = [run for group in between for run in self.job.passes[group]]
+            # no weights before those that are used before them
+            if all(run in self.weight.live for run in earlier):
+                self._prefetch(earlier, self.job.passes[transfer.group])
+
+    def _parameters_upto(self, groups):
+        """Load the parameters of the first output groups; all are on chip together or in chunks."""
+        beats = self.sizes.parameter_beats
+        allocation = self.parameter.get(0, self.parameter_chunk * beats, self.parameter_source)
+        self.parameter.load(allocation, groups * beats)
+
+    def _load_parameters(self, group):
+        if self.parameter_chunk < self.job.output.planes:
+            return super()._load_parameters(group)
+        self._parameters_upto(group + 1)
+        return self.parameter.live[0].base + group * self.sizes.parameter_beats
 
     def _following(self):
         """Per item, the next output group with other passes, or None."""
@@ -215,7 +247,7 @@ class BasisEmitter(Emitter):
         return self.weight.get(run, blob.beats, self.weight_source + blob.source, pinned)
 
     def _prefetch(self, current, following):
-        """Load the weights of the next output group as far as they push out none of these, nor of this one."""
+        """Load the weights of the next output group as far as they push out none of these, nor of its own."""
         pinned = set(current)
         for run in following[:MOST_AHEAD]:
             if self.blobs[run].beats:
@@ -270,7 +302,8 @@ class BasisEmitter(Emitter):
             count = [v.bit_length() - 1 for v in run.terms]
             fields |= {"terms": len(count), "n_log2": count + [0] * (4 - len(count))}
         self.program.emit(
-            Opcode.EXECUTE_BASIS, reads=[*(("activation", *span) for span in spans), *reads], writes=[("bank", self.bank, 1)],
+            Opcode.EXECUTE_BASIS, reads=[("activation", *span) for span in spans] + reads,
+            writes=[("bank", self.bank, 1)],
             mode=run.mode, base=base, row_step=row_step if in_rows > 1 else 0,
             col_step=col_step if cols.size > 1 else 0, in_rows=in_rows, in_cols=cols.size, out_rows=out_rows,
             out_cols=cols.outputs, pad_top=rows.pad, pad_left=cols.pad, kernel_rows=run.kernel[0],

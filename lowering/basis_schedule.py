@@ -2,14 +2,15 @@
 
 Work on a strip can begin when its input rows and its output group's weights are on chip, and the load unit brings one
 unit of input or one beat of weights per cycle. So the first strips are small, and each next one is about as large as
-what arrives while those before are at work. A **level** is a part of the tile that has been loaded: its first rows, or of
-the very first row the first columns. While the next level is loaded, further output groups begin with what is there;
-a group that begins late does all levels so far in one strip. How large the first level is, how fast levels grow and how
-many groups begin early is found by playing several choices through, load unit against engine (`Timeline`).
+what arrives while those before are at work. A **level** is a part of the tile that has been loaded: its first rows, or
+of the rows of the first level the first columns; then further images. While the next level is loaded, further output
+groups begin with what is there; a group that begins late does all levels so far at once. How large the first level is,
+how fast levels grow and how many groups begin early is found by playing several choices through, load unit against
+engine (`Timeline`).
 """
 from bisect import bisect_left
 from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
 
 from lowering.tiling import _spans
 from spec.derive import ceil_div
@@ -17,21 +18,27 @@ from spec.derive import ceil_div
 #: First level as a part of a full strip's rows, and growth from one level to the next, that are tried.
 FIRST_PARTS = (8, 4, 3, 2, 1)
 GROWTHS = (1.5, 2, 3)
-#: Where the columns of the first row are cut, in eighths of it.
-COLUMN_CUTS = ((4,), (2,), (1,), (2, 4), (1, 4), (1, 2, 4), (1, 3), (2, 5))
-#: Best choices with which the next question is asked.
-KEPT = 5
-#: Units of a plane in one transfer. Instructions come over the same bus behind the bursts that are under way, which take
-#: a cycle per unit.
-BURST_UNITS = 32
-#: A transfer's instruction lies before the first item that wants its own so many cycles before the transfer's turn.
-LEAD = 0
+#: Parts of the first level's columns between which it may be cut.
+COLUMN_PARTS = 16
+#: Levels whose rows the search moves.
+MOST_MOVED = 6
+#: Cuts of the first level's columns, in sixteenths of them, with which the search begins.
+COLUMN_CUTS = ((), (2,), (4,), (8,), (10,), (2, 8), (4, 8), (2, 4, 8))
+#: Regular choices to which cuts are added, and how many of all these the search goes on from.
+KEPT, CLIMBED = 6, 4
+#: Items that the search from one choice to better neighbours may play.
+SEARCH_ITEMS = 4000
+#: Units of a plane in one transfer, at most, but at least so many units of all planes. Instructions come over the same
+#: bus behind the bursts that are under way, which take a cycle per unit.
+BURST_UNITS, PIECE_UNITS = 32, 64
+#: Output groups whose parameters are loaded together.
+PARAMETER_GROUPS = 8
 #: Transfers are requested at most so many items ahead of their use: each may be an outstanding token.
 MOST_ITEMS_AHEAD = 64
 #: Cycles: from the start to the first word on chip; beyond its words, of a transfer; from a transfer's last word to the
-#: loader; of the loader beyond its beats; of a pass beyond its micro-steps; of a STORE beyond its pixels; from the last
-#: STORE's last pixel to the end.
-START, TRANSFER, TOKEN, LOADER, PASS, STORE, END = 44, 1, 4, 6, 3, 11, 32
+#: loader; of the loader without beats, and beyond its beats; of a pass beyond its micro-steps; of a STORE beyond its
+#: pixels; from the last STORE's last pixel to the end.
+START, TRANSFER, TOKEN, LOADER, LOADER_BEATS, PASS, STORE, END = 44, 1, 4, 3, 6, 3, 11, 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +54,8 @@ class Step:
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
     """What is loaded: rows ``begin .. end - 1`` of an image and bundle, of these ``cols`` columns from ``first_col`` on
-    (all if 0); or, where ``group`` is not None, an output group's weights."""
+    (all if 0); or, if not None, the weights of output group ``group``; or the first ``parameters`` output groups'
+    parameters as far as they are not there."""
 
     image: int = 0
     place: int = 0
@@ -56,6 +64,7 @@ class Transfer:
     first_col: int = 0
     cols: int = 0
     group: int | None = None
+    parameters: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,33 +93,29 @@ class Timeline:
         self.begin = self.end = START
         self.stored = 0
         self.banks = [0, 0]
-        self.number = 0
-        #: Per item the time before which its instruction must be there; per transfer its begin.
+        #: Per item, when its instruction must be there.
         self.begins = []
 
     def transfer(self, words):
-        """A transfer of so many cycles; returns when what it brings may be used."""
+        """A transfer of so many cycles. Returns when what it brings may be used."""
         self.load += words + TRANSFER
         return self.load + TOKEN
 
     def item(self, need, passes, pixels):
-        """One strip of one output group; passes: (cycles, beats loaded from the buffer) each; need: when all is there."""
+        """One strip of one output group. need: when its operands are there; passes: (cycles, beats) of each."""
+        bank = len(self.begins) % 2
         self.begins.append(max(self.begin, need))
         for number, (cycles, beats) in enumerate(passes):
-            ready = max(self.begin, need) + (beats + LOADER if beats else 3)
-            begin = max(self.end, ready)
-            if number == 0:
-                begin = max(begin, self.banks[self.number % 2])
-            self.begin, self.end = begin, begin + cycles + PASS
-        self.stored = max(self.stored, self.end) + pixels + STORE
-        self.banks[self.number % 2] = self.stored
-        self.number += 1
+            ready = max(self.begin, need) + (beats + LOADER_BEATS if beats else LOADER)
+            self.begin = max(self.end, ready, 0 if number else self.banks[bank])
+            self.end = self.begin + cycles + PASS
+        self.stored = self.banks[bank] = max(self.stored, self.end) + pixels + STORE
 
 
-@dataclass(frozen=True)
-class _Level:
-    """Rows done, and where that is 0 columns done of the first row; input rows and columns that must be there."""
+class _Level(NamedTuple):
+    """Rows done of an image, of these so many columns (0: all); input rows and columns that must be there."""
 
+    image: int
     rows: int
     cols: int
     need_rows: int
@@ -120,8 +125,8 @@ class _Level:
 class Scheduler:
     """Finds the `Schedule` of a plan's first tile.
 
-    Args: tiler: `lowering.basis_tiling.BasisTiler`; plan: `BasisPlan` without schedule; rows, cols: `Window` of the first
-        tile.
+    Args: tiler: `lowering.basis_tiling.BasisTiler`; plan: `BasisPlan` without schedule; rows, cols: `Window` of the
+        first tile.
     """
 
     def __init__(self, tiler, plan, rows, cols):
@@ -129,42 +134,82 @@ class Scheduler:
         self.job = tiler.job
         self.places = [(place, groups) for place, (_, groups) in enumerate(tiler.bundles[:plan.bundles])]
         self.images = 1 if plan.merged else plan.images
-        #: Pixels of an item beyond those of its strip: merged, each image is one.
-        self.merged_images = plan.images if plan.merged else 1
-        self._known = {}
+        #: Pixels of an item for each of its strip: merged, each image is one.
+        self.pixels = plan.images if plan.merged else 1
+        #: Rows of the tile's strips where nothing has to wait.
+        self.full = tuple(n for _, n in _spans(rows.count, plan.strip_rows))
+        self._known, self._strips = {}, {}
 
     # -- choices ------------------------------------------------------------------------------------------------------
-    def best(self, count=1):
-        """The ``count`` schedules that end first, the best one first.
+    def best(self, thorough=True):
+        """The `Schedule` that ends first of those tried: the best of some regular choices and, if ``thorough``, from
+        there on the best neighbour, as long as that is better.
 
-        Heights of levels and groups that begin early are chosen together, then with the best of these the cuts of the
-        first row, and with the best of those whether the very last strip is cut, so that its STORE is short.
+        A choice is (rows of the levels, cuts of the first level's columns, groups that begin early, whether the very
+        last strip is cut so that its STORE is short).
         """
-        choices = {}
+        known = {}
 
-        def add(heights, cuts, early, tail):
-            key = heights, cuts, early, tail
-            if key not in choices:
-                choices[key] = self._play(self._levels(heights, cuts), early, tail)
+        def play(choice):
+            if choice not in known:
+                heights, cuts, early, tail = choice
+                known[choice] = _Play(self, self.levels(heights, cuts), early, tail)
+            return known[choice].cycles
 
-        def kept():
-            return sorted(choices, key=lambda key: choices[key].cycles)[:KEPT]
+        cuts = COLUMN_CUTS if self._cuttable() else ((),)
+        regular = [(heights, (), early, True) for heights in self._heights() for early in self._early()]
+        seeds = [(heights, cut, *others) for heights, _, *others in sorted(regular, key=play)[:KEPT] for cut in cuts]
+        seeds.sort(key=play)
+        if thorough:
+            seeds = [self._climb(choice, play, known) for choice in seeds[:CLIMBED]]
+        return known[min(seeds, key=play)].schedule()
 
-        for heights in self._heights():
-            for early in self._early():
-                add(heights, (), early, False)
+    def _climb(self, best, play, known):
+        """The best choice on the way from one choice to better neighbours."""
+        items = 0
+        while items < SEARCH_ITEMS:
+            found = best
+            for choice in self._neighbours(best):
+                items += 0 if choice in known else len(known[best].steps)
+                if play(choice) < play(found):
+                    found = choice
+            if found == best:
+                break
+            best = found
+        return best
+
+    def _neighbours(self, choice):
+        """Choices that differ little: a row moved, a level split or joined, a cut moved, put in or left out, more or
+        fewer groups early, another end."""
+        heights, cuts, early, tail = choice
+        yield heights, cuts, early, not tail
+        count = len(self.places[0][1])
+        if self.plan.strips_first:
+            for change in (-count // 8, -1, 1, ceil_div(count, 8)):
+                if 1 <= early + change <= count:
+                    yield heights, cuts, early + change, tail
         if self._cuttable():
-            for heights, _, early, _ in kept():
-                for cuts in COLUMN_CUTS if heights[0] == 1 else ():
-                    add(heights, cuts, early, False)
-        for heights, cuts, early, _ in kept():
-            add(heights, cuts, early, True)
-        return sorted(choices.values(), key=lambda schedule: schedule.cycles)[:count]
+            for k in range(len(cuts)):
+                yield heights, cuts[:k] + cuts[k + 1:], early, tail
+                for cut in (cuts[k] - 1, cuts[k] + 1):
+                    if 0 < cut < COLUMN_PARTS and cut not in cuts:
+                        yield heights, (*cuts[:k], cut, *cuts[k + 1:]), early, tail
+            for low, high in zip((0, *cuts), (*cuts, COLUMN_PARTS)):
+                if high - low > 1:
+                    yield heights, tuple(sorted((*cuts, (low + high) // 2))), early, tail
+        most = self.plan.strip_rows
+        for k, height in enumerate(heights[:MOST_MOVED]):
+            for part in {1, height // 2} - {0, height}:
+                yield (*heights[:k], part, height - part, *heights[k + 1:]), cuts, early, tail
+            for other in range(max(0, k - 2), min(k + 3, len(heights))):
+                if other != k and height + heights[other] <= most:
+                    yield tuple(h + height * (n == other) for n, h in enumerate(heights) if n != k), cuts, early, tail
+                if other != k and height > 1 and heights[other] < most:
+                    yield tuple(h + (n == other) - (n == k) for n, h in enumerate(heights)), cuts, early, tail
 
     def simple(self):
-        """The `Schedule` without small strips: a bound from which plans are compared."""
-        rows = self.rows.count
-        return self._play(self._levels([n for _, n in _spans(rows, self.plan.strip_rows)]), len(self.places[0][1]))
+        """The `Schedule` with full strips only, from which plans are compared."""
+        return _Play(self, self.levels(self.full), len(self.places[0][1]), False).schedule()
 
     def _early(self):
         """Most output groups that begin before all input is there."""
@@ -174,7 +219,7 @@ class Scheduler:
         return sorted({count, *(max(1, count * k // 8) for k in (1, 2, 3, 4, 6))}, reverse=True)
 
     def _heights(self):
-        """Rows of the levels."""
+        """Rows of the levels of the first image."""
         total, most = self.rows.count, self.plan.strip_rows
         lists = set()
         for part in FIRST_PARTS:
@@ -183,180 +228,192 @@ class Scheduler:
                 while sum(heights) < total:
                     heights.append(min(size, most, total - sum(heights)))
                     size = max(size + 1, int(size * growth))
-                lists.add(tuple(heights))
-        # what is left over at the end may as well lie further ahead
-        lists |= {tuple(sorted(heights)) for heights in lists}
+                # what is left over at the end may as well lie further ahead
+                lists |= {tuple(heights), tuple(sorted(heights))}
         return sorted(lists)
 
     def _cuttable(self):
-        """Whether columns of the first row may be loaded by themselves."""
+        """Whether columns of the first rows may be loaded by themselves."""
         return not self.job.border and not self.plan.merged and self.plan.strip_cols >= self.cols.count
 
-    def _levels(self, heights, cuts=()):
-        first, out, done = self.rows.first, [], 0
-        need = self.tiler.rows_needed(self.rows, first, heights[0])
-        width = self.cols.count
-        for x in sorted({ceil_div(width * cut, 8) for cut in cuts} - {width}):
-            out.append(_Level(0, x, need, self.tiler.columns_needed(self.cols, self.cols.first, x)))
-        for height in heights:
-            done += height
-            out.append(_Level(done, 0, self.tiler.rows_needed(self.rows, first, done), self.cols.data))
+    # -- geometry -----------------------------------------------------------------------------------------------------
+    def levels(self, heights, cuts=()):
+        """List of `_Level` of all images: the first with rows ``heights``, the others with full strips."""
+        out, width = [], self.cols.count
+        for image in range(self.images):
+            done = 0
+            for height in self.full if image else heights:
+                before, done = done, done + height
+                need = self.tiler.rows_needed(self.rows, self.rows.first, done)
+                if not before and not image:
+                    for x in sorted({ceil_div(width * cut, COLUMN_PARTS) for cut in cuts} - {width}):
+                        columns = self.tiler.columns_needed(self.cols, self.cols.first, x)
+                        out.append(_Level(0, done, x, need, columns))
+                out.append(_Level(image, done, 0, need, self.cols.data))
         return out
 
-    # -- play -----------------------------------------------------------------------------------------------------------
-    def _play(self, levels, early, tail=False):
-        time, steps, marks = Timeline(), [], []
-        state = {"held": None, "last": None}
-        weights_there = {}
-
-        def load(transfer, words):
-            flush()
-            marks.append((time.load, len(steps), transfer))
-            return time.transfer(words)
-
-        def load_weights(group):
-            passes = self.job.passes[group]
-            if passes not in weights_there:
-                words = self.tiler.fresh_beats(group, not weights_there)
-                weights_there[passes] = load(Transfer(group=group), words) if words else 0
-                if len(weights_there) == 1:
-                    time.transfer(self.tiler.parameter_beats)
-            return weights_there[passes]
-
-        def run(image, place, group, strips, need):
-            need = max(need, load_weights(group))
-            for strip in strips:
-                flush()
-                state["last"] = image, place, group, strip, need
-
-        def flush(cut=False):
-            """Play the item that came last; ``cut``: in two parts."""
-            if state["last"] is None:
-                return
-            image, place, group, (y, n, x, m), need = state["last"]
-            state["last"] = None
-            part = ceil_div(n, 4) if cut and n > 1 else 0
-            for strip in ((y, n - part, x, m), (y + n - part, part, x, m))[:1 + bool(part)]:
-                steps.append(Step(image=image, place=place, group=group, strip=strip))
-                pixels = strip[1] * strip[3] * self.merged_images
-                time.item(need, self._passes(group, strip, state["held"]), pixels)
-                state["held"] = self.job.passes[group]
-                if self.job.residual is not None:
-                    time.transfer(pixels)
-
-        def load_level(image, place, level, before):
-            """Bring what a level has beyond the one before it."""
-            grain = max(1, BURST_UNITS // max(1, self.cols.data))
-            begin, left = (before.need_rows, before.need_cols) if before else (0, 0)
-            data = self.cols.data * self.job.span
-            if level.need_cols and begin == level.need_rows and left < self.cols.data and level.need_cols > left:
-                cols = level.need_cols - left
-                return load(Transfer(image=image, place=place, begin=0, end=begin, first_col=left, cols=cols),
-                            cols * begin * self.job.span)
-            if level.need_cols < self.cols.data:
-                return load(Transfer(image=image, place=place, begin=begin, end=level.need_rows, cols=level.need_cols),
-                            level.need_cols * level.need_rows * self.job.span)
-            if level.need_rows > begin:
-                for y in range(begin, level.need_rows, grain):
-                    end = min(y + grain, level.need_rows)
-                    there = load(Transfer(image=image, place=place, begin=y, end=end), (end - y) * data)
-                return there
-            return time.load + TOKEN
-
-        if not self.plan.strips_first or self.plan.merged:
-            self._groups_first(levels, run, load_level)
-        else:
-            for image in range(self.images):
-                for place, groups in self.places:
-                    first = image == place == 0
-                    chosen = levels if first else self._full
-                    self._waves(image, place, groups, chosen, early if first else len(groups), time, run, flush, load_level)
-        flush(tail)
-        return self._finish(time, steps, marks)
-
-    @cached_property
-    def _full(self):
-        return self._levels([n for _, n in _spans(self.rows.count, self.plan.strip_rows)])
-
-    def _waves(self, image, place, groups, levels, early, time, run, flush, load_level):
-        fresh, started = list(groups), []
-        there = load_level(image, place, levels[0], None)
-        for number, level in enumerate(levels):
-            following = levels[number + 1] if number + 1 < len(levels) else None
-            for group in started:
-                run(image, place, group, self._between(levels[number - 1], level), there)
-            words = 0
-            if following is not None:
-                words = max(following.need_rows - level.need_rows, 0) * self.cols.data * self.job.span or \
-                    max(following.need_cols - level.need_cols, 0) * level.need_rows * self.job.span
-            while fresh:
-                flush()
-                if following is not None and started and not (
-                        len(started) < early and time.end < time.load + words and self._worth(fresh[0], level)):
-                    break
-                group = fresh.pop(0)
-                run(image, place, group, self._between(None, level), there)
-                started.append(group)
-            if following is not None:
-                there = load_level(image, place, following, level)
-
-    def _worth(self, group, level):
-        """Whether a level is so large that a group should begin with it rather than wait for the next."""
-        passes = self.job.passes[group]
-        work = sum(cycles for strip in self._between(None, level) for cycles, _ in self._passes(group, strip, passes))
-        return work >= self.tiler.group_beats[group]
-
-    def _groups_first(self, levels, run, load_level):
-        there = {}
-        for place, groups in self.places:
-            for group in groups:
-                for image in range(self.images):
-                    mine = levels if (place, group, image) == (0, groups[0], 0) else self._full
-                    if self.plan.merged:
-                        for other in range(self.plan.images):
-                            if (place, other) not in there:
-                                there[place, other] = load_level(other, place, levels[-1], None)
-                        run(0, place, group, self._between(None, levels[-1]), there[place, self.plan.images - 1])
-                        continue
-                    if (place, image) in there:
-                        for before, level in zip([None, *self._full], self._full):
-                            run(image, place, group, self._between(before, level), there[place, image])
-                        continue
-                    for before, level in zip([None, *mine], mine):
-                        there[place, image] = load_level(image, place, level, before)
-                        run(image, place, group, self._between(before, level), there[place, image])
+    def between(self, before, level):
+        """[(image, strip)] from one level (None: nothing) to another."""
+        if (before, level) not in self._strips:
+            self._strips[before, level] = self._between(before, level)
+        return self._strips[before, level]
 
     def _between(self, before, level):
-        """Strips from one level (None: nothing) to another."""
-        rows, cols = (before.rows, before.cols) if before else (0, 0)
-        width, out = self.cols.count, []
-        if level.rows == 0:
-            return [(0, 1, cols, level.cols - cols)]
-        if cols:
-            out.append((0, 1, cols, width - cols))
-            rows = 1
-        out += [(rows + y, n, x, m) for y, n in _spans(level.rows - rows, self.plan.strip_rows)
-                for x, m in _spans(width, self.plan.strip_cols)]
+        out = []
+        for image in range(before.image if before else 0, level.image + 1):
+            rows, cols = (before.rows, before.cols) if before and before.image == image else (0, 0)
+            end, width = level.rows if image == level.image else self.rows.count, self.cols.count
+            if image == level.image and level.cols:
+                out.append((image, (0, end, cols, level.cols - cols)))
+                continue
+            if cols:
+                out.append((image, (0, rows, cols, width - cols)))
+            out += [(image, (rows + y, n, x, m)) for y, n in _spans(end - rows, self.plan.strip_rows)
+                    for x, m in _spans(width, self.plan.strip_cols)]
         return out
 
-    def _passes(self, group, strip, held):
-        passes = self.job.passes[group]
-        reload = held is not passes or len(passes) > 1
-        key = passes, strip, reload, held is None
+    def transfers(self, place, before, level):
+        """[(Transfer, units)] that bring what a level has beyond the one before it."""
+        span, data = self.job.span, self.cols.data
+        begin, left = (before.need_rows, before.need_cols) if before and before.image == level.image else (0, 0)
+        common = {"image": level.image, "place": place}
+        if begin == level.need_rows and left < level.need_cols or level.need_cols < data:
+            cols = level.need_cols - left
+            return [(Transfer(**common, end=level.need_rows, first_col=left, cols=cols), cols * level.need_rows * span)]
+        grain = max(1, BURST_UNITS // max(1, data), ceil_div(PIECE_UNITS, max(1, data * span)))
+        return [(Transfer(**common, begin=y, end=min(y + grain, level.need_rows)),
+                 (min(y + grain, level.need_rows) - y) * data * span) for y in range(begin, level.need_rows, grain)]
+
+    def passes(self, group, strip, held):
+        """[(cycles, beats from the weight buffer)] of an output group's passes on a strip; held: those before."""
+        runs = self.job.passes[group]
+        reload = held is not runs or len(runs) > 1
+        key = runs, strip, reload, held is None
         if key not in self._known:
             at = self.rows.first + strip[0], strip[1], self.cols.first + strip[2], strip[3]
-            self._known[key] = [(self.tiler.cycles(run, self.rows, self.cols, at) * self.merged_images,
-                                 self.tiler.beats(run, held is None) if reload else 0) for run in passes]
+            self._known[key] = [(self.tiler.cycles(run, self.rows, self.cols, at) * self.pixels,
+                                 self.tiler.beats(run, held is None) if reload else 0) for run in runs]
         return self._known[key]
 
-    # -- result ---------------------------------------------------------------------------------------------------------
-    def _finish(self, time, steps, marks):
-        """Place each transfer before the first item whose operands must be there after the transfer began."""
-        before = [[] for _ in steps]
-        latest = 0
-        for begin, deadline, transfer in marks:
-            at = min(bisect_left(time.begins, begin - LEAD), deadline)
+
+class _Play:
+    """One choice played through.
+
+    levels: of `Scheduler.levels`; early: most output groups that begin before all input is there; tail: cut the last
+    strip in two.
+    """
+
+    def __init__(self, scheduler, levels, early, tail):
+        self.scheduler, self.early, self.tail = scheduler, early, tail
+        self.tiler, self.plan, self.job = scheduler.tiler, scheduler.plan, scheduler.job
+        self.time, self.steps, self.marks = Timeline(), [], []
+        self.last = self.held = None
+        self.weights, self.parameters = {}, 0
+        full = scheduler.levels(scheduler.full)
+        for place, groups in scheduler.places:
+            if self.plan.merged:
+                self._merged(place, groups, full[0])
+            else:
+                self._waves(place, groups, full if place else levels)
+        self._flush(tail)
+        #: Cycles until the last result is in memory.
+        self.cycles = int(self.time.stored) + END
+
+    # -- what the units do --------------------------------------------------------------------------------------------
+    def _load(self, transfer, words):
+        self._flush()
+        self.marks.append((self.time.load, len(self.steps), transfer))
+        return self.time.transfer(words)
+
+    def _load_level(self, place, before, level):
+        there = self.time.load + TOKEN
+        for transfer, units in self.scheduler.transfers(place, before, level):
+            there = self._load(transfer, units)
+        return there
+
+    def _load_weights(self, group):
+        """When an output group's weights are there, which are loaded if they are not yet."""
+        runs = self.job.passes[group]
+        if runs not in self.weights:
+            words = self.tiler.fresh_beats(group, not self.weights)
+            self.weights[runs] = self._load(Transfer(group=group), words) if words else 0
+        self._load_parameters(group)
+        return self.weights[runs]
+
+    def _load_parameters(self, group):
+        """Some with the first weights, the next ones well before they are wanted."""
+        most = self.tiler.parameter_groups
+        if self.parameters < min(group + 2, most):
+            have, self.parameters = self.parameters, min(self.parameters + PARAMETER_GROUPS, most)
+            beats = (self.parameters - have) * self.tiler.sizes.parameter_beats
+            self._load(Transfer(parameters=self.parameters), beats)
+
+    def _run(self, place, group, strips, there):
+        need = max(there, self._load_weights(group))
+        for image, strip in strips:
+            self._flush()
+            self.last = image, place, group, strip, need
+
+    def _flush(self, cut=False):
+        """Play the item that came last; ``cut``: in two parts."""
+        if self.last is None:
+            return
+        (image, place, group, (y, n, x, m), need), self.last = self.last, None
+        part = ceil_div(n, 4) if cut and n > 1 else 0
+        for strip in ((y, n - part, x, m), (y + n - part, part, x, m)) if part else ((y, n, x, m),):
+            self.steps.append((image, place, group, strip))
+            pixels = strip[1] * m * self.scheduler.pixels
+            self.time.item(need, self.scheduler.passes(group, strip, self.held), pixels)
+            self.held = self.job.passes[group]
+            if self.job.residual is not None:
+                self.time.transfer(pixels)
+
+    # -- order --------------------------------------------------------------------------------------------------------
+    def _waves(self, place, groups, levels):
+        """All output groups of a bundle, level after level: first those at work, then some that begin."""
+        fresh, started = list(groups), []
+        early = len(groups) if place and self.plan.strips_first else self.early
+        there = self._load_level(place, None, levels[0])
+        for before, level, following in zip([None, *levels], levels, [*levels[1:], None]):
+            for group in started:
+                self._run(place, group, self.scheduler.between(before, level), there)
+            words = 0
+            if following is not None:
+                words = sum(units for _, units in self.scheduler.transfers(place, level, following))
+            while fresh:
+                self._flush()
+                if started and following is not None and not (
+                        len(started) < early and self.time.end < self.time.load + words
+                        and self._worth(fresh[0], level)):
+                    break
+                started.append(fresh.pop(0))
+                self._run(place, started[-1], self.scheduler.between(None, level), there)
+            if following is not None:
+                there = self._load_level(place, level, following)
+
+    def _worth(self, group, level):
+        """Whether a group should begin with a level rather than wait for the next: its work exceeds its weights."""
+        runs = self.job.passes[group]
+        work = sum(cycles for _, strip in self.scheduler.between(None, level)
+                   for cycles, _ in self.scheduler.passes(group, strip, runs))
+        return work >= self.tiler.group_beats[group]
+
+    def _merged(self, place, groups, level):
+        """Outputs of one pixel: all images together."""
+        for image in range(self.plan.images):
+            there = self._load_level(place, None, _Level(image, level.rows, 0, level.need_rows, level.need_cols))
+        for group in groups:
+            self._run(place, group, self.scheduler.between(None, level), there)
+
+    # -- result -------------------------------------------------------------------------------------------------------
+    def schedule(self):
+        """The `Schedule`: each transfer lies before the first item that begins after it, or that needs it."""
+        before, latest = [[] for _ in self.steps], 0
+        for begin, deadline, transfer in self.marks:
+            at = min(bisect_left(self.time.begins, begin), deadline)
             latest = max(latest, at, deadline - MOST_ITEMS_AHEAD)
             before[latest].append(transfer)
-        return Schedule(steps=tuple(steps), before=tuple(tuple(b) for b in before), cycles=int(time.stored) + END,
-                        engine_cycles=int(time.end), load_cycles=int(time.load), quiet=latest)
+        steps = tuple(Step(image=image, place=place, group=group, strip=strip)
+                      for image, place, group, strip in self.steps)
+        return Schedule(steps=steps, before=tuple(tuple(b) for b in before), cycles=self.cycles,
+                        engine_cycles=int(self.time.end), load_cycles=int(self.time.load), quiet=latest)

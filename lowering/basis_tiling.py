@@ -25,8 +25,10 @@ from spec.isa import Mode
 SIMULATED_TILES = 6
 #: Transfers ahead of their use, each of which may be an outstanding token.
 MOST_AHEAD = 96
-#: Plans whose first tile is scheduled in all ways.
-FINALISTS = 3
+#: Plans whose first tile is scheduled in regular ways, and of these those with a thorough search.
+FINALISTS, CLIMBERS = 6, 2
+#: Layers of more cycles are not searched thoroughly: their beginning hardly matters.
+LONG_CYCLES = 100_000
 #: Ways tried to cut the columns of a tile into strips.
 MOST_COLUMN_STRIPS = 8
 
@@ -109,9 +111,9 @@ class BasisTiler:
         #: Whether all weights stay on chip.
         self.resident = self.weight_beats <= min(sizes.weight_beats, 1 << 16)
         planes = job.output.planes
-        #: Beats of the parameters that are loaded first.
-        self.parameter_beats = sizes.parameter_beats * (
-            planes if planes <= sizes.config.memory.parameter_groups else sizes.config.memory.parameter_groups // 2)
+        #: Output groups whose parameters are loaded first.
+        self.parameter_groups = planes if planes <= sizes.config.memory.parameter_groups else \
+            sizes.config.memory.parameter_groups // 2
         # Passes that cost the same are counted together: (pass, beats, how many of the layer).
         counts = Counter((run.work, self._beats(run)) for group in job.passes for run in group)
         alike = {(run.work, self._beats(run)): run for group in job.passes for run in group}
@@ -179,11 +181,16 @@ class BasisTiler:
     # -- search ------------------------------------------------------------------------------------------------------
     def plan(self):
         """The cheapest plan. Raises InputError if even one output pixel cannot be computed."""
-        finalists = nsmallest(FINALISTS, self._candidates(), key=lambda plan: plan.cost_cycles)
+        finalists = self._candidates()
+        for effort, count in ((1, FINALISTS), (2, CLIMBERS)):
+            chosen = nsmallest(count, finalists, key=lambda plan: plan.cost_cycles)
+            if effort == 1 or chosen and chosen[0].cost_cycles < LONG_CYCLES:
+                chosen = [self._costed(plan, effort) for plan in chosen]
+            finalists = chosen
         if not finalists:
             raise InputError(f"must fit configuration {self.sizes.config.name} (memory.activation_bytes)",
                              field=f"layer {self.job.name}")
-        return min((self._costed(plan, thorough=True) for plan in finalists), key=lambda plan: plan.cost_cycles)
+        return min(finalists, key=lambda plan: plan.cost_cycles)
 
     def _candidates(self):
         job, out = self.job, self.job.output
@@ -261,14 +268,14 @@ class BasisTiler:
                          PASS_OVERHEAD_CYCLES) for run, beats, count in self._kinds)
         return self._known[key]
 
-    def _costed(self, plan, thorough=False):
-        """The plan with a schedule, the best one if ``thorough``, and its estimated cycles: the first tile's schedule,
-        then load unit and engine side by side."""
+    def _costed(self, plan, effort=0):
+        """The plan with a schedule of its first tile and its estimated cycles: those of the schedule, then load unit
+        and engine side by side. effort: 0 simple schedule, 1 the best of some regular ones, 2 thorough search."""
         job, out = self.job, self.job.output
         x_windows = [self.window(1, x, n) for x, n in _spans(out.width, plan.cols)]
         y_windows = [self.window(0, y, n) for y, n in _spans(out.height, plan.rows)]
         scheduler = Scheduler(self, plan, y_windows[0], x_windows[0])
-        schedule = scheduler.best()[0] if thorough else scheduler.simple()
+        schedule = scheduler.best(thorough=effort > 1) if effort else scheduler.simple()
         share = plan.bundles / len(self.bundles)
         tiles = [(y, x) for y in y_windows for x in x_windows]
         copies = ceil_div(self.batch, plan.images) * ceil_div(len(self.bundles), plan.bundles)

@@ -22,6 +22,8 @@ MAX_BEATS = MAX_FILL = MAX_ADDRESS = 65535
 FIRST_STEPS = 1
 #: Weights that are streamed are cut so finely that so many pieces fit in the buffer.
 STREAM_PARTS = 4
+#: Units of a burst that is short and yet hides the latency of memory behind those before it.
+SHORT_BURST_UNITS = 16
 #: Beats of weights loaded while the layer before still runs.
 PRELOAD_BEATS = 256
 
@@ -147,6 +149,9 @@ class Region:
 class Emitter:
     """What the emitters of both engines share: rings, parameters, and what brings activations on chip."""
 
+    #: Whether long transfers are cut into bursts, so that instructions, which come over the same bus, wait less.
+    short_bursts = False
+
     def __init__(self, job, plan, sizes, program, constants, batch):
         self.job, self.plan, self.sizes = job, plan, sizes
         self.program, self.constants, self.batch = program, constants, batch
@@ -253,8 +258,8 @@ class Emitter:
     def _load_tile(self, target, written, address, base, dims):
         """LOAD_TILE over ``dims`` (count, units apart in memory, words apart on chip), outermost first.
 
-        written: (memory, first word, words), or a list of them. Neighbouring dimensions that are contiguous on both sides
-        become one, so that bursts are as long as possible.
+        written: (memory, first word, words), or a list of them. Neighbouring dimensions that are contiguous on both
+        sides become one, so that bursts are as long as possible.
         """
         merged = []
         for count, memory, chip in reversed(dims):
@@ -267,6 +272,9 @@ class Emitter:
                 merged.insert(0, (count, memory, chip))
         if not merged or merged[-1][1] != 1 or merged[-1][0] > MAX_TILE_COLS:
             merged.append((1, 1, 0))
+        if self.short_bursts and len(merged) == 2 and merged[0][1] == merged[1][0] >= SHORT_BURST_UNITS and \
+                merged[0][0] <= MAX_TILE_PLANES:
+            merged.insert(1, (1, 0, 0))         # as planes, which are requests of their own
         while len(merged) < 3:
             merged.insert(0, (1, 0, 0))
         (planes, plane_stride, plane_step), (rows, row_stride, row_step), (cols, _, col_step) = merged

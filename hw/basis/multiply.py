@@ -18,12 +18,14 @@ class BasisMultiply(wiring.Component):
 
     Values are pushed into the blocks' windows ahead of their use, up to the window's size, also those of the next row;
     zeros follow a row's last value. So a row costs no cycle beyond its micro-steps as long as the values come in time
-    and the window is larger than the kernel's reach. A pass waits for a token of the store unit, if it wants one,
-    before its first micro-step, and gives its tokens as its last sum is in the accumulators.
+    and the window has room for those of the next row's first output: ``window - span + 1 >= reach``. Only rows of one
+    output cost a cycle more, so that no two sums of one address follow each other at once. A pass waits for a token of
+    the store unit, if it wants one, before its first micro-step, and gives its tokens as its last sum is in the
+    accumulators.
 
-    Latency: `latency` cycles from a micro-step to its sum in the accumulators; between passes `reach` cycles (the pushes
-    of the first output) pass without a micro-step, 1 for POINTWISE. Throughput: one micro-step per cycle, slices x q
-    products of each block.
+    Latency: `latency` cycles from a micro-step to its sum in the accumulators; between passes `reach` cycles (the
+    pushes of the first output) pass without a micro-step, 1 for POINTWISE. Throughput: one micro-step per cycle,
+    slices x q products of each block.
     Parameters: config (spec.config.Config).
     """
 

@@ -20,8 +20,8 @@ class BasisStreamer(wiring.Component):
     group after the other. The zero point is subtracted on the way.
 
     Flow control: three registers that move together while the last one is empty or taken.
-    Latency: `latency` cycles from the issue of a word to the word; 1 cycle between passes, and for each row that is not
-    needed. Throughput: one word per cycle (POINTWISE: one group).
+    Latency: `latency` cycles from the issue of a word to the word; 1 cycle for each row that is not needed, none
+    between passes. Throughput: one word per cycle (POINTWISE: one group).
     Errors: STREAM_ADDRESS (beyond the scratchpad, or not at a unit); the streamer then stops.
     Parameters: config (spec.config.Config).
     """

@@ -75,6 +75,21 @@ def words_of(config, rng, pixel, terms, half):
     return out
 
 
+def with_garbage(config, rng, data):
+    """Packed tiles in which lanes without a coefficient have any place and any sign: only "non-zero" counts."""
+    z, b = Sizes(config), config.basis
+    size, width, codes = z.series_tile_beats * z.beat_bytes, z.lane_code_bits, z.basis_slices * b.lanes
+    out = b""
+    for at in range(0, len(data), size):
+        tile = int.from_bytes(data[at:at + size], "little")
+        for lane in range(codes):
+            if not tile >> lane * width + width - 2 & 1:
+                tile |= int(rng.integers(1 << width)) % (1 << width - 2) << lane * width
+                tile |= int(rng.integers(2)) << lane * width + width - 1
+        out += tile.to_bytes(size, "little")
+    return out
+
+
 def expected(config, coefficients, pixel):
     """IR of all slices and how many of them were clamped."""
     spec = Sizes(config).intermediate
@@ -94,7 +109,8 @@ async def run(dut, jobs, *, idle, stall):
 
     def begin(cycle):
         number, (terms, coefficients, _) = state["next"], jobs[state["next"]]
-        data, beat = bytes(pack_series(coefficients.astype(np.int8), config, terms)), config.bus.data_bits // 8
+        data = with_garbage(config, rng, bytes(pack_series(coefficients.astype(np.int8), config, terms)))
+        beat = config.bus.data_bits // 8
         dut.load_start.value, dut.load_half.value = 1, number % 2
         state["start"] = cycle
         state["beats"] = [int.from_bytes(data[k:k + beat], "little") for k in range(0, len(data), beat)]

@@ -51,6 +51,8 @@ class BasisPass:
     #: Packed taps and coefficients.
     taps: bytes = field(repr=False)
     coefficients: bytes = field(default=b"", repr=False)
+    #: Estimated cycles that the coefficients take from the weight buffer until they can be used.
+    load_cycles: int = 0
     #: Estimated cycles per streamed pixel before the multipliers.
     stage_cycles: float = 1
     #: Micro-steps of a kernel row per output; of a pixel in POINTWISE.
@@ -269,7 +271,17 @@ def _pack_coefficients(coefficients, sizes, where):
         raise InputError(f"must take at most {b.coefficient_rows} stream words per pixel on configuration "
                          f"{config.name} (basis.coefficient_rows)", field=where, value=words)
     data = pack_series(coefficients, config, terms) if terms else pack_maps(coefficients, config)
-    return {"terms": terms, "coefficients": data, "stage_cycles": cycles}
+    load = len(data) // sizes.beat_bytes if terms else _map_load_cycles(data, sizes)
+    return {"terms": terms, "coefficients": data, "stage_cycles": cycles, "load_cycles": load}
+
+
+def _map_load_cycles(data, sizes):
+    """Cycles in which map coefficients are decoded: a beat goes to a block's decoder per cycle, which takes a word per
+    cycle."""
+    b = sizes.config.basis
+    words = np.frombuffer(data, "<u2", b.blocks).astype(np.int64)
+    per = sizes.config.bus.data_bits // b.group
+    return sizes.segment_table_beats + int((np.cumsum(words) // per + words * (per - 1) // per).max()) + 4
 
 
 # -- dense and pointwise -----------------------------------------------------------------------------------------------

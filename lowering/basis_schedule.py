@@ -102,11 +102,12 @@ class Timeline:
         return self.load + TOKEN
 
     def item(self, need, passes, pixels):
-        """One strip of one output group. need: when its operands are there; passes: (cycles, beats) of each."""
+        """One strip of one output group. need: when its operands are there; passes: (cycles, cycles to load its weights
+        from the buffer) of each."""
         bank = len(self.begins) % 2
         self.begins.append(max(self.begin, need))
-        for number, (cycles, beats) in enumerate(passes):
-            ready = max(self.begin, need) + (beats + LOADER_BEATS if beats else LOADER)
+        for number, (cycles, load) in enumerate(passes):
+            ready = max(self.begin, need) + (load + LOADER_BEATS if load else LOADER)
             self.begin = max(self.end, ready, 0 if number else self.banks[bank])
             self.end = self.begin + cycles + PASS
         self.stored = self.banks[bank] = max(self.stored, self.end) + pixels + STORE
@@ -285,14 +286,14 @@ class Scheduler:
                  (min(y + grain, level.need_rows) - y) * data * span) for y in range(begin, level.need_rows, grain)]
 
     def passes(self, group, strip, held):
-        """[(cycles, beats from the weight buffer)] of an output group's passes on a strip; held: those before."""
+        """[(cycles, cycles to load its weights)] of an output group's passes on a strip; held: those before."""
         runs = self.job.passes[group]
         reload = held is not runs or len(runs) > 1
         key = runs, strip, reload, held is None
         if key not in self._known:
             at = self.rows.first + strip[0], strip[1], self.cols.first + strip[2], strip[3]
             self._known[key] = [(self.tiler.cycles(run, self.rows, self.cols, at) * self.pixels,
-                                 self.tiler.beats(run, held is None) if reload else 0) for run in runs]
+                                 self.tiler.load_cycles(run, held is None) if reload else 0) for run in runs]
         return self._known[key]
 
 

@@ -114,9 +114,9 @@ class BasisTiler:
         #: Output groups whose parameters are loaded first.
         self.parameter_groups = planes if planes <= sizes.config.memory.parameter_groups else \
             sizes.config.memory.parameter_groups // 2
-        # Passes that cost the same are counted together: (pass, beats, how many of the layer).
-        counts = Counter((run.work, self._beats(run)) for group in job.passes for run in group)
-        alike = {(run.work, self._beats(run)): run for group in job.passes for run in group}
+        # Passes that cost the same are counted together: (pass, cycles to load it, how many of the layer).
+        counts = Counter((run.work, self.load_cycles(run, False)) for group in job.passes for run in group)
+        alike = {(run.work, self.load_cycles(run, False)): run for group in job.passes for run in group}
         self._kinds = [(alike[key], key[1], count) for key, count in counts.items()]
         self._known = {}
 
@@ -124,10 +124,11 @@ class BasisTiler:
         """Beats that a pass loads whenever the pass before was another one."""
         return (len(run.coefficients) + (0 if self._shared is not None else len(run.taps))) // self.sizes.beat_bytes
 
-    def beats(self, run, first):
-        """Beats that a pass loads whenever the pass before was another one; ``first``: there was none."""
-        shared = len(run.taps) // self.sizes.beat_bytes if first and self._shared is not None else 0
-        return self._beats(run) + shared
+    def load_cycles(self, run, first):
+        """Cycles in which a pass gets its weights whenever the pass before was another one; ``first``: there was
+        none."""
+        taps = len(run.taps) // self.sizes.beat_bytes if first or self._shared is None else 0
+        return run.load_cycles + taps
 
     def fresh_beats(self, group, first):
         """Beats of an output group's weights in memory; ``first``: with the taps that all share."""
@@ -264,8 +265,8 @@ class BasisTiler:
         key = y.size, y.pad, y.outputs, x.size, x.outputs, reload
         if key not in self._known:
             self._known[key] = sum(
-                count * (max(pass_cycles(self, run, rows, cols, strip)[0], beats if reload else 0) +
-                         PASS_OVERHEAD_CYCLES) for run, beats, count in self._kinds)
+                count * (max(pass_cycles(self, run, rows, cols, strip)[0], load if reload else 0) +
+                         PASS_OVERHEAD_CYCLES) for run, load, count in self._kinds)
         return self._known[key]
 
     def _costed(self, plan, effort=0):

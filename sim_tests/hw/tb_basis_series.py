@@ -47,8 +47,9 @@ def job(config, rng, groups, terms):
     shape, most = (b.blocks, b.slices, groups, b.group), min(sum(terms), b.group)
     coefficients = rng.choice([-1, 1], shape) * (rng.random(shape) < rng.choice([0, 0.3, 1]))
     coefficients *= np.argsort(rng.random(shape), axis=-1) < most
-    coefficients.reshape(-1, groups, b.group)[0] = np.arange(b.group) < most
-    coefficients.reshape(-1, groups, b.group)[-1] = -1 * (np.arange(b.group) < most)
+    first, last = rng.choice([[1, -1], [-1, 1]])
+    coefficients.reshape(-1, groups, b.group)[0] = first * (np.arange(b.group) < most)
+    coefficients.reshape(-1, groups, b.group)[-1] = last * (np.arange(b.group) < most)
     pixels = [np.full(shape[2:], v) for v in (255, -255, 0)]
     for value in (spec.hi, spec.hi + 1, spec.lo, spec.lo - 1, -spec.lo, -spec.lo + 1):
         if abs(value) <= 255 * groups * most:

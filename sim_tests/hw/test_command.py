@@ -9,33 +9,51 @@ from hw.control.command import CommandProcessor, InstructionCheck
 from hw.control.tokens import UNITS
 from sim_tests.hw.configs import CONFIGS
 from sim_tests.lib.pysim import simulate
+from spec.config import load
 from spec.derive import Sizes
-from spec.isa import INSTRUCTIONS, UNIT_OF, VERSION, Opcode, Unit, encode
+from spec.isa import INSTRUCTIONS, UNIT_OF, VERSION, Mode, Opcode, Unit, encode
 from spec.registers import Error
+
+
+#: Also those with a basis engine.
+ALL = CONFIGS | {name: load(name) for name in ("tiny_basis", "tiny_maps")}
+#: Fields of EXECUTE_BASIS that must not be 0.
+POSITIVE = (
+    "in_rows",
+    "in_cols",
+    "kernel_rows",
+    "kernel_cols",
+    "dilation_rows",
+    "dilation_cols",
+    "groups",
+)
 
 
 # -- the check ---------------------------------------------------------------------------------------------------------
 
 
 def base_fields(config):
-    """A legal instruction of each kind."""
+    """A legal instruction of each kind that the configuration has."""
     z = Sizes(config)
-    return {
+    all_kinds = {
         Opcode.HEADER: dict(digest=z.digest_value, version=VERSION),
         Opcode.LOAD_TILE: dict(planes=1, rows=1, cols=1, address=64),
         Opcode.LOAD_LINEAR: dict(beats=z.step_beats, address=64),
         Opcode.FILL: dict(rows=1, blocks=1),
         Opcode.EXECUTE: dict(rows=1, cols=1, steps=1),
+        Opcode.EXECUTE_BASIS: dict.fromkeys(POSITIVE, 1) | {"out_rows": 1, "out_cols": 1, "terms": 1},
         Opcode.STORE: dict(rows=1, cols=1, address=64),
         Opcode.BARRIER: {},
         Opcode.END: {},
     }
+    missing = {Opcode.EXECUTE: config.structured is None, Opcode.EXECUTE_BASIS: config.basis is None}
+    return {op: fields for op, fields in all_kinds.items() if not missing.get(op)}
 
 
 def rule_cases(config):
     """(opcode, fields, legal): each rule from both sides, and extremes of the fields that have none."""
-    z, s = Sizes(config), config.structured
-    base, depth, entries = base_fields(config), s.accumulator_depth, config.memory.step_entries
+    z = Sizes(config)
+    base, depth, entries = base_fields(config), z.accumulator_depth, config.memory.step_entries
     for op, fields in base.items():
         yield op, fields, True
         own = UNITS if UNIT_OF[op] == Unit.CONTROL else UNITS[UNIT_OF[op] : UNIT_OF[op] + 1]
@@ -62,6 +80,12 @@ def rule_cases(config):
             "high",
             "opcode",
             "reserved",
+            *POSITIVE,
+            "out_rows",
+            "out_cols",
+            "mode",
+            "terms",
+            "n_log2",
             *(f"{k}_{u}" for k in ("wait", "push") for u in UNITS),
         }
         for f in INSTRUCTIONS[op].fields:
@@ -80,7 +104,7 @@ def rule_cases(config):
         yield *of(Opcode.LOAD_TILE, **{name: INSTRUCTIONS[Opcode.LOAD_TILE].fields[9].elem.hi & 1023}), True
     for target in range(4):
         yield *of(Opcode.LOAD_TILE, target=target), target < 2
-        yield *of(Opcode.LOAD_LINEAR, target=target), target < 3
+        yield *of(Opcode.LOAD_LINEAR, target=target), target < 3 and (target != 1 or config.structured is not None)
     for op, grain in (
         (Opcode.LOAD_TILE, z.unit_bytes),
         (Opcode.STORE, z.unit_bytes),
@@ -92,13 +116,18 @@ def rule_cases(config):
             yield *of(op, address=address), True
     yield *of(Opcode.LOAD_LINEAR, beats=0), False
     for beats in range(1, 10):
-        yield *of(Opcode.LOAD_LINEAR, target=1, beats=beats), beats % z.step_beats == 0
+        yield (
+            *of(Opcode.LOAD_LINEAR, target=1, beats=beats),
+            beats % z.step_beats == 0 and config.structured is not None,
+        )
         yield *of(Opcode.LOAD_LINEAR, target=0, beats=beats), True
         yield *of(Opcode.LOAD_LINEAR, target=2, beats=beats), True
     yield *of(Opcode.FILL, rows=0), False
     yield *of(Opcode.FILL, blocks=0), False
     yield *of(Opcode.FILL, rows=4095, blocks=65535), True
-    for op in (Opcode.EXECUTE, Opcode.STORE):
+    sizes = {Opcode.EXECUTE: ("rows", "cols"), Opcode.STORE: ("rows", "cols"),
+             Opcode.EXECUTE_BASIS: ("out_rows", "out_cols")}
+    for op in sizes.keys() & base.keys():
         for rows, cols in (
             (0, 1),
             (1, 0),
@@ -114,7 +143,7 @@ def rule_cases(config):
             (4095, 0),
             (64, 64),
         ):
-            yield *of(op, rows=rows, cols=cols), 0 < rows * cols <= depth
+            yield *of(op, **dict(zip(sizes[op], (rows, cols)))), 0 < rows * cols <= depth
     for step, steps in (
         (0, 0),
         (0, entries),
@@ -127,10 +156,13 @@ def rule_cases(config):
         (4095, 1),
         (1, 4095),
     ):
-        if max(step, steps) < 4096:
+        if max(step, steps) < 4096 and Opcode.EXECUTE in base:
             yield *of(Opcode.EXECUTE, step=step, steps=steps), steps > 0 and step + steps <= entries
     for operation in range(4):
-        yield *of(Opcode.EXECUTE, operation=operation), operation < 2
+        for op in {Opcode.EXECUTE, Opcode.EXECUTE_BASIS} & base.keys():
+            yield *of(op, operation=operation), operation < 2
+    if Opcode.EXECUTE_BASIS in base:
+        yield from basis_cases(config, base[Opcode.EXECUTE_BASIS])
     last = z.parameter_words - z.parameter_beats
     for parameter in (last, last + 1, 65535):
         yield *of(Opcode.STORE, parameter=parameter), parameter <= last
@@ -138,9 +170,26 @@ def rule_cases(config):
         yield *of(Opcode.STORE, low=low, high=high), low <= high
 
 
-@pytest.mark.parametrize("name", ["tiny", "bus32", "bus256", "block8", "groups"])
+def basis_cases(config, base):
+    """Rules of EXECUTE_BASIS alone."""
+    op, series = Opcode.EXECUTE_BASIS, config.basis.coefficients == "series"
+    for name in POSITIVE:
+        field = next(f for f in INSTRUCTIONS[op].fields if f.name == name)
+        most = 8 if name == "kernel_rows" else field.elem.hi
+        yield op, base | {name: 0}, False
+        for value in (1, 2, most, field.elem.hi):
+            yield op, base | {name: value}, value <= most
+    for mode, terms in itertools.product(range(4), range(8)):
+        counts = mode == Mode.DECOMPOSED and series
+        yield op, base | {"mode": mode, "terms": terms}, mode < 3 and (not counts or 1 <= terms <= 4)
+    for logs in ([7] * 4, [0] * 4):  # judged by the engine
+        yield op, base | {"n_log2": logs}, True
+
+
+@pytest.mark.parametrize("name", ["tiny", "bus32", "bus256", "block8", "groups", "tiny_basis", "tiny_maps"])
 def test_every_rule(name):
-    config = CONFIGS[name]
+    config = ALL[name]
+    known = base_fields(config)
     check = InstructionCheck(config=config)
 
     async def bench(ctx):
@@ -150,10 +199,10 @@ def test_every_rule(name):
             assert ctx.get(check.known)
             assert ctx.get(check.legal) == legal, f"{op.name} {fields}"
             verdicts.add((op, legal))
-        assert verdicts == set(itertools.product(Opcode, (True, False)))
+        assert verdicts == set(itertools.product(known, (True, False)))
         for code in range(16):
             ctx.set(check.word, code)
-            assert ctx.get(check.known) == (code in Opcode.__members__.values())
+            assert ctx.get(check.known) == (code in known)
 
     simulate(check, bench, clocked=False)
 
@@ -252,7 +301,7 @@ def random_program(config, rng, length):
     base = base_fields(config)
     words, want, marks = [encode(Opcode.HEADER, **base[Opcode.HEADER])], {u: [] for u in UNITS}, []
     for n in range(length):
-        op = Opcode(rng.choice([o for o in Opcode if o is not Opcode.END]))
+        op = Opcode(rng.choice([o for o in base if o is not Opcode.END]))
         fields = dict(base[op])
         if op is Opcode.BARRIER:
             fields["mark"] = int(rng.integers(1 << 16))
@@ -263,11 +312,11 @@ def random_program(config, rng, length):
     return [*words, encode(Opcode.END)], want, marks
 
 
-@pytest.mark.parametrize("name", ["tiny", "bus32", "bus256"])
+@pytest.mark.parametrize("name", ["tiny", "bus32", "bus256", "tiny_basis"])
 @pytest.mark.parametrize("idle, stall, latency", [(0, 0, 1), (0.5, 0.5, 30), (0, 0.9, 1)])
 def test_random_programs(name, idle, stall, latency, rng):
     """Order per unit, BARRIER behind everything before it, END last; several starts, programs at several places."""
-    config = CONFIGS[name]
+    config = ALL[name]
 
     async def script(ctx, dut, bench):
         for number, length in enumerate((0, 1, 25, 40)):
@@ -351,7 +400,7 @@ def refusals(config):
 @pytest.mark.parametrize("what", refusals(CONFIGS["tiny"]))
 def test_refusals(name, what, rng):
     """Code and offset; instructions before it reach their units, none behind it."""
-    config = CONFIGS[name]
+    config = ALL[name]
     words, count, code, number = refusals(config)[what]
 
     async def script(ctx, dut, bench):

@@ -221,7 +221,7 @@ def compare(row, rng, facts):
                 row(
                     f"{name} all layers, {preset} {form}: dense / basis",
                     round(whole, 2),
-                    "-",
+                    None,
                     True,
                     f"{sums['basis'][1]:,} cyc",
                     exact,

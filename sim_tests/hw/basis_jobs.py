@@ -43,8 +43,12 @@ def random_fields(config, rng, mode):
     b, depth = config.basis, Sizes(config).accumulator_depth
     while True:
         f = {"mode": int(mode), "out_rows": int(rng.integers(1, 6)), "out_cols": int(rng.choice([1, 1, 2, 3, 5])),
-             "bank": int(rng.integers(2)), "accumulate": int(rng.integers(2)), "groups": int(rng.integers(1, 6)),
+             "bank": int(rng.integers(2)), "accumulate": int(rng.integers(2)),
+             "groups": int(rng.integers(1, 6)) if rng.random() < 0.8 else b.tap_rows,
              "operation": int(rng.choice([Operation.ADD, Operation.MAX]))}
+        long = rng.random() < 0.08      # a whole bank high, or wide
+        if long:
+            f |= {"out_rows": depth, "out_cols": 1} if rng.random() < 0.5 else {"out_rows": 1, "out_cols": depth}
         if f["out_rows"] * f["out_cols"] > depth:
             continue
         if mode is Mode.POINTWISE:
@@ -54,6 +58,8 @@ def random_fields(config, rng, mode):
               "dilation_rows": int(rng.choice([1, 1, 2, 3, 7])), "dilation_cols": int(rng.choice([1, 1, 2, 4])),
               "stride_rows_log2": int(rng.choice([0, 0, 1, 2])), "stride_cols_log2": int(rng.choice([0, 0, 1, 2, 3])),
               "in_rows": int(rng.integers(1, 8)), "in_cols": int(rng.integers(1, 9))}
+        if long:
+            f |= {"in_rows": f["out_rows"] + int(rng.integers(600)), "in_cols": f["out_cols"] + int(rng.integers(4))}
         span = (f["kernel_cols"] - 1) * f["dilation_cols"] + 1
         if span > b.window or f["kernel_rows"] * ceil_div(f["kernel_cols"], b.multipliers) > b.tap_rows:
             continue

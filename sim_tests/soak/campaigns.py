@@ -20,7 +20,8 @@ NARROW = replace(TINY, structured=replace(TINY.structured, accumulator_bits=18))
 BASIS = load("tiny_basis")
 #: Few slices, two beats per tile, and IR that saturates.
 SERIES = replace(BASIS, structured=None, bus=replace(BASIS.bus, data_bits=32),
-                 basis=replace(BASIS.basis, blocks=2, slices=2, multipliers=3, intermediate_bits=9))
+                 basis=replace(BASIS.basis, blocks=2, slices=2, multipliers=3, intermediate_bits=9,
+                               accumulator_depth=256))
 
 
 @dataclass(frozen=True, kw_only=True)

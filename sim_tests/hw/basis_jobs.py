@@ -46,15 +46,16 @@ def random_fields(config, rng, mode):
              "bank": int(rng.integers(2)), "accumulate": int(rng.integers(2)),
              "groups": int(rng.integers(1, 6)) if rng.random() < 0.8 else b.tap_rows,
              "operation": int(rng.choice([Operation.ADD, Operation.MAX]))}
-        long = rng.random() < 0.08      # a whole bank high, or wide
+        long = rng.random() < 0.1       # up to a whole bank high, or wide
         if long:
-            f |= {"out_rows": depth, "out_cols": 1} if rng.random() < 0.5 else {"out_rows": 1, "out_cols": depth}
+            size = int(rng.choice([depth, rng.integers(1, depth + 1)]))
+            f |= {"out_rows": size, "out_cols": 1} if rng.random() < 0.5 else {"out_rows": 1, "out_cols": size}
         if f["out_rows"] * f["out_cols"] > depth:
             continue
         if mode is Mode.POINTWISE:
             f["groups"] = min(f["groups"], b.tap_rows)
             return completed(config, f | {"in_rows": f["out_rows"], "in_cols": f["out_cols"]})
-        f |= {"kernel_rows": int(rng.integers(1, 9)), "kernel_cols": int(rng.integers(1, 7)),
+        f |= {"kernel_rows": int(rng.choice([1, 2, 3, 4, 5, 6, 7, 8, 8])), "kernel_cols": int(rng.integers(1, 7)),
               "dilation_rows": int(rng.choice([1, 1, 2, 3, 7])), "dilation_cols": int(rng.choice([1, 1, 2, 4])),
               "stride_rows_log2": int(rng.choice([0, 0, 1, 2])), "stride_cols_log2": int(rng.choice([0, 0, 1, 2, 3])),
               "in_rows": int(rng.integers(1, 8)), "in_cols": int(rng.integers(1, 9))}

@@ -20,7 +20,7 @@ class ExecuteUnit(wiring.Component):
     instructions end in order; within an engine instructions overlap.
 
     ``i`` takes whole instruction words of EXECUTE and EXECUTE_BASIS; the other ports are those of the engines.
-    Errors: those of the engines; the engine that is not at work makes none.
+    Errors: those of the engines. An overflow of the accumulators is told to both; it is one error.
     Parameters: config (spec.config.Config).
     """
 

@@ -49,7 +49,7 @@ def read_header(data, *, where, types=DATA_TYPES):
     except (*_HEADER_ERRORS, Warning) as error:
         raise InputError(f"must be a .npy array ({type(error).__name__} in its header)", field=where) from None
     if dtype.hasobject or dtype.fields is not None or dtype.subdtype is not None or dtype.str not in types:
-        raise InputError(f"must be of type {', '.join(types)}", field=where, value=str(dtype)[:40])
+        raise InputError(f"must be of type {', '.join(sorted(set(types)))}", field=where, value=str(dtype)[:40])
     if fortran:
         raise InputError("must be in C order", field=where)
     if not 1 <= len(shape) <= MAX_RANK or any(type(d) is not int or not 1 <= d <= MAX_DIM for d in shape):

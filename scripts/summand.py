@@ -8,7 +8,9 @@ from contextlib import contextmanager
 import json
 from pathlib import Path
 import platform
+import signal
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -437,7 +439,7 @@ def estimate(args):
             "",
             _number(dense),
             _number(executed),
-            _number(predicted.cycles),
+            _number(before),
             f"{executed / possible:.3f}",
         )
     )
@@ -448,7 +450,8 @@ def estimate(args):
     )
     beat = config.bus.data_bits // 8
     read, written = (predicted.counters[n] * beat for n in ("READ_BEATS", "WRITE_BEATS"))
-    print(f"{read:,} bytes read, {written:,} written, {(read + written) / predicted.cycles:.2f} bytes per cycle")
+    print(f"{read:,} bytes read, {written:,} written, {(read + written) / predicted.cycles:.2f} bytes per cycle; "
+          f"{predicted.cycles:,} cycles from start to interrupt")
     if config.basis is not None and config.basis.coefficients == "maps":
         print("a lower bound: how long irregular coefficients take depends on the activations (cosim knows them)")
     return GOOD
@@ -632,6 +635,9 @@ def parser():
 
 def main(argv=None):
     """Run one command; returns the exit status."""
+    if threading.current_thread() is threading.main_thread():
+        # a build must not go on when this process is told to end
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         args = parser().parse_args(argv)
         return args.function(args)

@@ -19,6 +19,7 @@ from compress.network import BasisConvolution, Convolution, Term
 from gen import emit
 from golden import cycles
 from golden.machine import Machine
+from lowering.basis import uses_basis
 from lowering.lower import lower
 from sim_tests.bench import build
 from sim_tests.bench.simulation import SimulationError, simulate
@@ -193,15 +194,24 @@ class _Compared:
             )
 
 
-def _nonzero_macs(layer, tensors, batch):
-    """Products with a non-zero stored weight; of a decomposed layer those with the basis, the only ones it has."""
+def _nonzero_macs(layer, config, tensors, batch):
+    """Products with a non-zero stored weight; of a decomposed layer those with the basis, the only ones it has.
+
+    The basis engine leaves out kernel rows beside the image, the structured engine multiplies them with padding.
+    """
     if isinstance(layer, BasisConvolution):
-        out = tensors[layer.output]
-        return int(np.count_nonzero(layer.basis)) * layer.outputs * out.height * out.width * batch
-    if not isinstance(layer, Convolution):
+        per_row = np.count_nonzero(layer.basis, axis=(0, 2)) * layer.outputs
+    elif isinstance(layer, Convolution):
+        per_row = sum(np.count_nonzero(t.values, axis=(0, 2, 3)) for t in layer.terms)
+    else:
         return 0
-    out = tensors[layer.output]
-    return sum(int(np.count_nonzero(t.values)) for t in layer.terms) * out.height * out.width * batch
+    source, out = tensors[layer.input], tensors[layer.output]
+    rows = np.full(len(per_row), out.height)
+    if uses_basis(layer, config):
+        top = np.arange(out.height) * layer.stride[0] - layer.pads[0]
+        at = top[:, None] + np.arange(len(per_row)) * layer.dilation[0]
+        rows = ((at >= 0) & (at < source.height)).sum(axis=0)
+    return int((per_row * rows).sum()) * out.width * batch
 
 
 def _sqnr_db(real, quantized, tensor):
@@ -295,9 +305,9 @@ def cosimulate(
         raise InputError("must hold at least one image", field="input data")
     began = time.monotonic()
     tell = progress or (lambda message, fraction: None)
-    simulator = prepare(config, waves=bool(waves), progress=progress)
     tell("lowering", None)
-    lowered = lower(network, config, batch=batch, layers=layers)
+    lowered = lower(network, config, batch=batch, layers=layers)     # before the build, which may take minutes
+    simulator = prepare(config, waves=bool(waves), progress=progress)
     starts = list(range(0, len(inputs), batch))
     memory = {
         "latency_cycles": latency,
@@ -401,11 +411,13 @@ def cosimulate(
 
     by_name = {layer.name: layer for layer in network.layers}
     beat_bytes = config.bus.data_bits // 8
+    # The model knows a memory that never pauses.
+    predictions = [None] * len(spent) if stall else _predictions(lowered, latency, machine)
     rows = []
     for info, mark, n, n_dense, predicted in zip(
-        lowered.layers, result.marks, spent, dense_cycles, _predictions(lowered, latency, machine)
+        lowered.layers, result.marks, spent, dense_cycles, predictions
     ):
-        c, nonzero = compared[info.name], _nonzero_macs(by_name[info.name], network.tensors, batch)
+        c, nonzero = compared[info.name], _nonzero_macs(by_name[info.name], config, network.tensors, batch)
         executed = mark["execute"][1] * info.multipliers
         sqnr = None
         if floats and info.output in floats:

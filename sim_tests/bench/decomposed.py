@@ -52,7 +52,11 @@ NETWORKS = {"ResNet-18": RESNET18, "VGG-16": VGG16}
 #: Presets measured, with the coefficients they get: density of irregular ones, or N of N:group. 1:16, 3:16 and
 #: 4:16 have densities .0625, .1875 and .25; of normally distributed coefficients they keep as much energy as irregular
 #: ones of .05, .17 and .23.
-FORMS = {"maps288": {".05": 0.05, ".20": 0.20}, "basis288": {"1:16": 1, "3:16": 3, "4:16": 4}, "basis252": {"1:14": 1, "3:14": 3}}
+FORMS = {
+    "maps288": {".05": 0.05, ".20": 0.20},
+    "basis288": {"1:16": 1, "3:16": 3, "4:16": 4},
+    "basis252": {"1:14": 1, "3:14": 3},
+}
 #: Speed-ups to reach: (network, preset, form) -> ratio.
 TARGETS = {
     ("ResNet-18", "maps288", ".05"): 17.9,
@@ -77,7 +81,7 @@ def is_decomposed(layer):
 
 
 def coefficients(rng, *, channels, outputs, form, group):
-    """int8 [outputs, channels, COUNT]: random signs, at random places of density ``form``, or ``form`` in each group."""
+    """int8 [outputs, channels, COUNT]: random signs at random places of density ``form``, or ``form`` in each group."""
     shape = (outputs, COUNT, channels)
     signs = rng.choice([-1, 1], shape)
     if isinstance(form, int):
@@ -145,8 +149,8 @@ def measure(config, net, x):
 
 
 def encoding(config, form):
-    """Bits of the coefficients of ResNet-18's decomposed layers in the accelerator's memory, zeros for outputs that do
-    not fill the blocks included, over the bits of two-level maps without any padding."""
+    """(bits of the coefficients of ResNet-18's decomposed layers in the accelerator's memory, zeros for outputs that do
+    not fill the blocks included; the same over the bits of two-level maps of these coefficients without padding)."""
     b, used, plain = config.basis, 0, 0
     rng = np.random.default_rng(1)
     for layer in filter(is_decomposed, RESNET18):
@@ -159,9 +163,12 @@ def encoding(config, form):
         wide[..., :channels] = values.transpose(0, 2, 1)
         placed[:outputs, ..., : b.blocks] = wide.reshape(outputs, COUNT, groups, b.blocks)
         for part in placed.reshape(passes, b.blocks, COUNT, groups, b.group):
-            packed = pack_maps(part, config) if b.coefficients == "maps" else pack_series(part, config, cheapest_series(form, groups, config))
+            if b.coefficients == "maps":
+                packed = pack_maps(part, config)
+            else:
+                packed = pack_series(part, config, cheapest_series(form, groups, config))
             used += count * 8 * len(packed)
-    return used / plain
+    return used, used / plain
 
 
 def compare(row, rng, facts):
@@ -172,13 +179,13 @@ def compare(row, rng, facts):
         plain = baseline(config)
         scale = plain.multipliers / config.multipliers
         for form, value in forms.items():
-            ratio = encoding(config, value)
+            bits, ratio = encoding(config, value)
             row(
                 f"{preset} {form}: coefficients / two-level maps",
                 round(ratio, 3),
                 ENCODING_TARGET,
                 ratio <= ENCODING_TARGET,
-                "bits",
+                f"{bits / 1e6:.2f} Mbit",
             )
             for name, layers in NETWORKS.items():
                 if (name, preset, form) not in TARGETS:

@@ -9,7 +9,7 @@ import pytest
 from compress.network import Add, Network, Pool, Requantization, Tensor
 from gen import emit
 from lowering.lower import lower
-from sim_tests.bench import build, cosim
+from sim_tests.bench import build, cosim, decomposed
 from sim_tests.bench.bench import convolution
 from sim_tests.bench.simulation import SimulationError, simulate
 from sim_tests.lib.simulate import run_cocotb
@@ -267,3 +267,18 @@ def test_harness_and_cocotbext_axi_give_the_same_memory(network, images, tmp_pat
         env={"SUMMAND_JOBS": str(jobs)},
         test_filter=".*memory_equals_machine.*",
     )
+
+
+def test_rows_beside_the_image_are_no_products_of_the_basis_engine():
+    """3 x 3 with padding on one row: the middle kernel row alone; the dense array multiplies padding too."""
+    rng = np.random.default_rng(3)
+    small, array = config.load("tiny_basis"), config.load("nm256")
+    for size in (1, 2):
+        net = decomposed.network(rng, (size, 8, 8, 3, 1, 1), form=1, group=4)
+        layer = net.layers[0]
+        per_row = np.count_nonzero(layer.basis, axis=(0, 2))
+        want = per_row[1] if size == 1 else 2 * per_row[1] + per_row[0] + per_row[2]   # output rows of each kernel row
+        assert cosim._nonzero_macs(layer, small, net.tensors, 3) == 3 * 8 * size * want
+        dense = decomposed.network(rng, (size, 8, 8, 3, 1, 1))
+        taps = np.count_nonzero(dense.layers[0].terms[0].values)
+        assert cosim._nonzero_macs(dense.layers[0], array, dense.tensors, 1) == taps * size * size

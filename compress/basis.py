@@ -465,9 +465,10 @@ def storage(basis, coefficients, sizes):
         mine = used[..., part]
         level_1 = engine.slices * ceil_div(groups, engine.group)               # unused slices too have their words
         signs = -(-mine.sum(axis=(1, 2)) // engine.group)
-        segments = -(-engine.group * (level_1 + np.count_nonzero(mine, axis=(1, 2)) + signs) // beat)
-        empty = tiles * engine.blocks - k                                      # blocks without an output: level 1 alone
-        maps += int(segments.sum()) + empty * ceil_div(engine.group * level_1, beat) + tiles * sizes.segment_table_beats
+        of_block = np.full(tiles * engine.blocks, level_1)                     # blocks without an output: level 1 alone
+        of_block[:k] += np.count_nonzero(mine, axis=(1, 2)) + signs
+        bits = engine.group * of_block.reshape(tiles, engine.blocks).sum(axis=1)
+        maps += int((-(-bits // beat)).sum()) + tiles * sizes.segment_table_beats
     bound = golden.IntegerDecomposition(basis=basis, coefficients=coefficients).coefficient_bits()
     return {"values": bound.values + kernel_bits, "maps": maps * beat + kernel_bits,
             "series": tiles * len(parts) * words * sizes.series_tile_beats * beat + kernel_bits,

@@ -250,6 +250,7 @@ def run(args):
     is_onnx = Path(args.model).suffix == ".onnx"
     if (args.engine == "onnx") != is_onnx:
         raise InputError("golden runs packages and onnx runs ONNX files", field="--engine", value=args.engine)
+    held = {}
     with progress_bar() as progress:
         progress("running")
         if is_onnx:
@@ -262,8 +263,8 @@ def run(args):
             net = package.load(args.model)
             x, labels, source = load_inputs(args, net)
             y = engine.predict(net, x)
-            some = engine.quantize_input(net, x[:ACTIVATION_SAMPLES])
-            held = engine.run(net, some, keep=True) if args.activations else {}
+            if args.activations:
+                held = engine.run(net, engine.quantize_input(net, x[:ACTIVATION_SAMPLES]), keep=True)
     print(f"{len(x)} samples ({source}), output {list(y.shape)}")
     if held:
         _print_activations(net, held)

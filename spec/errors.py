@@ -29,3 +29,10 @@ class InputError(ValueError):
             self.source = source
             self.args = (f"{source}: {self.args[0]}",)
         return self
+
+    def inside(self, prefix):
+        """The same error with ``prefix`` before its field (a checker of a part does not know where the part stands)."""
+        text = f"{prefix}.{self.args[0]}" if self.field else f"{prefix} {self.args[0]}"
+        self.field = f"{prefix}.{self.field}" if self.field else prefix
+        self.args = (text,)
+        return self

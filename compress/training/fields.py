@@ -1,0 +1,54 @@
+"""Values of a recipe: YAML scalars arrive as text (`spec.strict_yaml`), Python callers pass numbers; both are checked.
+
+Each function returns the value in its type or raises InputError naming field, rule and value.
+"""
+import math
+
+from spec.errors import InputError
+
+
+def number(value, field, *, low=-math.inf, high=math.inf, above=None, below=None):
+    """A finite float in ``low..high``; ``above`` and ``below`` exclude their limit."""
+    try:
+        result = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        result = math.nan
+    rules = [f"at least {low:g}"] * (low > -math.inf) + [f"above {above:g}"] * (above is not None)
+    rules += [f"at most {high:g}"] * (high < math.inf) + [f"below {below:g}"] * (below is not None)
+    if not (math.isfinite(result) and low <= result <= high and (above is None or result > above)
+            and (below is None or result < below)):
+        raise InputError(f"must be a number{' ' if rules else ''}{', '.join(rules)}", field=field, value=value)
+    return result
+
+
+def whole(value, field, *, low=0, high=1 << 31):
+    """An int in ``low..high``."""
+    text = str(value).strip()
+    if isinstance(value, (bool, float)) or not text.lstrip("-").isdecimal() or not text.isascii() or len(text) > 20 or \
+            not low <= int(text) <= high:
+        raise InputError(f"must be a whole number in {low}..{high}", field=field, value=value)
+    return int(text)
+
+
+def flag(value, field):
+    """A bool: true or false."""
+    if isinstance(value, bool):
+        return value
+    if str(value) not in ("true", "false"):
+        raise InputError("must be true or false", field=field, value=value)
+    return value == "true"
+
+
+def choice(value, field, known):
+    """One of the words ``known``."""
+    if value not in known:
+        raise InputError(f"must be one of {', '.join(known)}", field=field, value=value)
+    return value
+
+
+def wholes(value, field, *, low=0, high=1 << 31, length=None):
+    """A tuple of ints, each in ``low..high``."""
+    if not isinstance(value, (list, tuple)) or length is not None and len(value) != length:
+        count = "" if length is None else f"{length} "
+        raise InputError(f"must be a list of {count}whole numbers", field=field, value=value)
+    return tuple(whole(v, f"{field}[{n}]", low=low, high=high) for n, v in enumerate(value))

@@ -1,0 +1,24 @@
+"""Networks as plain PyTorch modules; `build` makes one by name. Their parameter names are those of published weights."""
+from difflib import get_close_matches
+
+from compress.training.networks import resnet
+from spec.errors import InputError
+
+#: name -> function(classes) -> module with ``input_shape`` (channels, height, width).
+NETWORKS = {
+    "resnet20": lambda classes: resnet.CifarResNet(blocks=3, classes=classes),
+    "resnet32": lambda classes: resnet.CifarResNet(blocks=5, classes=classes),
+    "resnet56": lambda classes: resnet.CifarResNet(blocks=9, classes=classes),
+}
+
+
+def build(name, classes=10, *, field="network"):
+    """A freshly initialised network (PyTorch's own generator decides; seed it first).
+
+    Raises: InputError for an unknown name.
+    """
+    if name not in NETWORKS:
+        near = get_close_matches(str(name), NETWORKS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise InputError(f"must be one of {', '.join(NETWORKS)}{hint}", field=field, value=name)
+    return NETWORKS[name](classes)

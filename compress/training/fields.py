@@ -13,8 +13,9 @@ def number(value, field, *, low=-math.inf, high=math.inf, above=None, below=None
         result = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         result = math.nan
-    rules = [f"at least {low:g}"] * (low > -math.inf) + [f"above {above:g}"] * (above is not None)
-    rules += [f"at most {high:g}"] * (high < math.inf) + [f"below {below:g}"] * (below is not None)
+    limits = (("at least", low if low > -math.inf else None), ("above", above),
+              ("at most", high if high < math.inf else None), ("below", below))
+    rules = [f"{word} {limit:g}" for word, limit in limits if limit is not None]
     if not (math.isfinite(result) and low <= result <= high and (above is None or result > above)
             and (below is None or result < below)):
         raise InputError(f"must be a number{' ' if rules else ''}{', '.join(rules)}", field=field, value=value)
@@ -24,7 +25,8 @@ def number(value, field, *, low=-math.inf, high=math.inf, above=None, below=None
 def whole(value, field, *, low=0, high=1 << 31):
     """An int in ``low..high``."""
     text = str(value).strip()
-    if isinstance(value, (bool, float)) or not text.lstrip("-").isdecimal() or not text.isascii() or len(text) > 20 or \
+    digits = text.removeprefix("-")
+    if isinstance(value, (bool, float)) or not digits.isdecimal() or not text.isascii() or len(text) > 20 or \
             not low <= int(text) <= high:
         raise InputError(f"must be a whole number in {low}..{high}", field=field, value=value)
     return int(text)

@@ -19,7 +19,7 @@ Method strings: ``basis:M`` or ``basis:eE`` (least share of energy), then option
 (``@0.1``) or a pattern (``@2:16``), and ``@rN``, random rotations tried (32; 0 keeps the SVD basis). Without density
 and pattern: G/2:G if the configuration's basis engine takes series, else density 0.5; about there the error without
 retraining is least. ``basis-mix``, with the same options and ``@xE``, the largest output error of a layer (0.1),
-chooses per layer (`compress.mix`).
+chooses per layer (`compress.search.mix`).
 
 Layers that stay dense: 1x1, fully connected, depthwise and grouped ones; unless named in a recipe, also those with
 fewer than 8 input channels. Without retraining ternary coefficients cost much accuracy; the figures say how much.

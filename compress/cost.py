@@ -3,6 +3,8 @@
 Structured array: ``cycles = ceil(K / columns) * pixels * sum over terms of fetches`` (reference on TASD, section 7.4;
 own model). Basis engine: docs/basis.md, "Cycles", for whole layers cut into strips that fit an accumulator bank.
 """
+from math import ceil
+
 import numpy as np
 
 from compress import basis as bases
@@ -54,6 +56,14 @@ def fetches(sizes, n, taps, depth):
     return best
 
 
+def _hardware_terms(pattern, array):
+    """N of the terms that the array runs a pattern as. Raises: InputError."""
+    chosen = parts(block_pattern(pattern, array.block), [p.n for p in array.patterns])
+    if chosen is None:
+        raise InputError(f"must be a sum of {', '.join(map(str, array.patterns))}", field="pattern", value=str(pattern))
+    return chosen
+
+
 def layer_cycles(node, shape, patterns, config):
     """Array cycles of a convolution under a series.
 
@@ -68,16 +78,34 @@ def layer_cycles(node, shape, patterns, config):
     if config.structured is None:
         raise InputError("must be there for a structured layer", field="structured", value="none")
     sizes, array = Sizes(config), config.structured
-    supported = [p.n for p in array.patterns]
     outputs, rows, columns, depth = node.weights.shape
-    runs = []
-    for p in patterns:
-        chosen = parts(block_pattern(p, array.block), supported)
-        if chosen is None:
-            raise InputError(f"must be a sum of {', '.join(map(str, array.patterns))}", field="pattern", value=str(p))
-        runs += chosen
-    steps = sum(fetches(sizes, n, rows * columns, depth) for n in runs or [array.block])
+    runs = [n for p in patterns for n in _hardware_terms(p, array)] or [array.block]
+    steps = sum(fetches(sizes, n, rows * columns, depth) for n in runs)
     return ceil_div(outputs // node.groups, array.columns) * node.groups * shape[0] * shape[1] * steps
+
+
+def activation_cycles(node, shape, patterns, config):
+    """Array cycles of a convolution whose activations are a series: operands exchanged (reference, section 7.4).
+
+    Columns hold pixels instead of outputs: ``cycles = ceil(pixels / columns) * outputs * sum over the hardware terms of
+    ceil(taps * ceil(depth / block) / fetch_blocks(N))``. No engine here runs this yet, so addresses set no limit.
+    Arguments and errors as `layer_cycles`.
+    """
+    if config.structured is None:
+        raise InputError("must be there for a structured layer", field="structured", value="none")
+    sizes, array = Sizes(config), config.structured
+    outputs, rows, columns, depth = node.weights.shape
+    runs = [n for p in patterns for n in _hardware_terms(p, array)] or [array.block]
+    blocks = rows * columns * ceil_div(depth, array.block)
+    return ceil_div(shape[0] * shape[1], array.columns) * outputs * \
+        sum(ceil_div(blocks, sizes.fetch_blocks(n)) for n in runs)
+
+
+def ideal_cycles(macs, density, config):
+    """Cycles of ``macs`` dense multiplications at ``density`` on every multiplier of the structured array, nothing
+    padded: ``ceil(macs * density / (columns * slots))``."""
+    array = config.structured
+    return ceil(macs * density / (array.columns * array.slots))
 
 
 # -- basis engine ------------------------------------------------------------------------------------------------------

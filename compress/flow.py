@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from compress import arrays, demo, engine, factorize, methods, mix, onnx_import, permute, tasder
+from compress import arrays, demo, engine, factorize, methods, onnx_import, permute
 from compress import graph as graphs
 from compress.network import BasisConvolution
 from compress.quantize import Calibration, Quantizer, random_calibration
+from compress.search import mix, tasder_weights
 from spec import config as configs
 from spec.errors import InputError
 
@@ -52,7 +53,7 @@ def load_samples(source, graph, *, limit=None):
 
 
 def compress_model(model, method="dense", *, config=None, calibration=None, validation=None, observer="minmax",
-                   percentile=99.99, bias_correction=True, permutation=False, seed=0, goal=tasder.GOAL,
+                   percentile=99.99, bias_correction=True, permutation=False, seed=0, goal=tasder_weights.GOAL,
                    search="layer", progress=None):
     """Compress a network file.
 
@@ -60,7 +61,7 @@ def compress_model(model, method="dense", *, config=None, calibration=None, vali
         model: path of the ONNX file.
         method: method string, recipe file (.yaml), `methods.Recipe`; ``tasder`` searches per layer; ``svd:F``,
             ``tucker:F`` and ``tt:F`` replace layers by low-rank chains first (`compress.factorize`); ``basis:M`` and
-            the like make basis layers (`compress.basis`), ``basis-mix`` chooses per layer (`compress.mix`).
+            the like make basis layers (`compress.basis`), ``basis-mix`` chooses per layer (`compress.search.mix`).
         config: Config, preset name or file; needed by ``tasder`` (it gives the supported patterns) and ``basis-mix``;
             its basis engine, if any, decides group and intermediate width of basis layers.
         calibration, validation: see `load_samples`. ``tasder`` judges accuracy on the labelled ``validation`` data,
@@ -108,8 +109,8 @@ def compress_model(model, method="dense", *, config=None, calibration=None, vali
     if labels is None:
         raise InputError("must be given with labels: tasder judges each candidate by accuracy", field="validation data")
     reference = float((graphs.top1(graphs.forward(graph, x)) == labels).mean())
-    result = tasder.search(quantizer, settings, lambda net: engine.accuracy(net, x, labels), reference=reference,
-                           goal=goal, mode=search, fixed=plan.layers, progress=progress)
+    result = tasder_weights.search(quantizer, settings, lambda net: engine.accuracy(net, x, labels),
+                                   reference=reference, goal=goal, mode=search, fixed=plan.layers, progress=progress)
     network = quantizer.network(result.recipe, provenance=provenance)
     facts = network.provenance["method"] | {"method": "tasder", "search": result.facts | {"split": split}}
     return replace(network, provenance=network.provenance | {"method": facts})

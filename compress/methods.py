@@ -1,9 +1,10 @@
 """Method strings, and what a method does to one layer's quantised weights.
 
 `dense`, `nm:2:4`, `tasd:4:8+1:8` (any number of terms, mixed M), `basis:6@0.1` and the like (ternary coefficients, see
-`compress.basis`), and two that are searched, `tasder` (`compress.tasder`) and `basis-mix` (`compress.mix`). Views are
-taken along the input channels of one kernel tap, chosen by the magnitude of the float weight; ties take the lowest
-channel. Within an output channel all weights share one scale, so this is also the order of the int8 magnitudes.
+`compress.basis`), and two that are searched, `tasder` (`compress.search.tasder_weights`) and `basis-mix`
+(`compress.search.mix`). Views are taken along the input channels of one kernel tap, chosen by the magnitude of the
+float weight; ties take the lowest channel. Within an output channel all weights share one scale, so this is also the
+order of the int8 magnitudes.
 """
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -32,7 +33,7 @@ class Method:
 
     @property
     def searched(self):
-        """Whether `compress.tasder` or `compress.mix` has to choose."""
+        """Whether `compress.search.tasder_weights` or `compress.search.mix` has to choose."""
         return self.text == "tasder" or self.mixed
 
     @property

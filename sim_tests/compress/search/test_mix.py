@@ -2,9 +2,10 @@
 import numpy as np
 import pytest
 
-from compress import cost, engine, flow, methods, mix
+from compress import cost, engine, flow, methods
 from compress.network import BasisConvolution
 from compress.quantize import Quantizer
+from compress.search import mix
 from sim_tests.compress.test_basis import kernel, one_layer, samples
 from sim_tests.compress.test_flow import DIGITS, heldout
 from spec.config import load

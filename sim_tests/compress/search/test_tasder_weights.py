@@ -2,8 +2,9 @@
 import numpy as np
 import pytest
 
-from compress import methods, onnx_import, tasder
+from compress import methods, onnx_import
 from compress.quantize import Calibration, Quantizer
+from compress.search import series, tasder_weights
 from sim_tests.compress.onnx_models import Builder
 from spec import config as configs
 from spec.errors import InputError
@@ -34,16 +35,16 @@ def quality(network):
 
 
 def test_candidates_are_the_reachable_series():
-    assert [str(m) for m in tasder.candidates(NM256)] == [
+    assert [str(m) for m in series.candidates(NM256)] == [
         "nm:1:8", "nm:2:8", "tasd:2:8+1:8", "nm:4:8", "tasd:4:8+1:8", "tasd:4:8+2:8", "tasd:4:8+2:8+1:8"]
     from dataclasses import replace
     two = replace(NM256, structured=replace(NM256.structured, terms=2))
-    assert "tasd:4:8+2:8+1:8" not in [str(m) for m in tasder.candidates(two)]
-    assert [str(m) for m in tasder.candidates(configs.load("tiny"))] == ["nm:1:4", "nm:2:4", "tasd:2:4+1:4"]
+    assert "tasd:4:8+2:8+1:8" not in [str(m) for m in series.candidates(two)]
+    assert [str(m) for m in series.candidates(configs.load("tiny"))] == ["nm:1:4", "nm:2:4", "tasd:2:4+1:4"]
 
 
 def test_choices_are_sorted_and_lower_the_cycles():
-    pairs = tasder.choices(QUANTIZER, NM256)
+    pairs = tasder_weights.choices(QUANTIZER, NM256)
     assert [p.dropped for p in pairs] == sorted(p.dropped for p in pairs)
     assert {p.layer for p in pairs} <= set(NAMES[1:3] + NAMES[4:]), "3 channels and depthwise stay dense"
     from compress import cost
@@ -57,63 +58,63 @@ def test_choices_are_sorted_and_lower_the_cycles():
 
 def test_a_later_pair_replaces_an_earlier_one_only_if_sparser():
     def pair(layer, method):
-        return tasder.Choice(layer=layer, method=methods.parse(method), dropped=0, cycles=1)
+        return tasder_weights.Choice(layer=layer, method=methods.parse(method), dropped=0, cycles=1)
 
     pairs = [pair("a", "nm:4:8"), pair("b", "nm:2:8"), pair("a", "nm:2:8"), pair("a", "tasd:4:8+1:8")]
-    assert tasder.assignment(pairs, 0) == {}
-    assert str(tasder.assignment(pairs, 2)["a"]) == "nm:4:8"
-    assert str(tasder.assignment(pairs, 4)["a"]) == "nm:2:8"
+    assert tasder_weights.assignment(pairs, 0) == {}
+    assert str(tasder_weights.assignment(pairs, 2)["a"]) == "nm:4:8"
+    assert str(tasder_weights.assignment(pairs, 4)["a"]) == "nm:2:8"
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 33])
 def test_bisection_finds_every_threshold(count):
     for threshold in range(count + 1):
         asked = []
-        found = tasder.longest_prefix(count, lambda n, t=threshold, a=asked: a.append(n) or n <= t)
+        found = series.longest_prefix(count, lambda n, t=threshold, a=asked: a.append(n) or n <= t)
         assert found == threshold
-        assert len(asked) <= count.bit_length() + 1 + tasder.WALK
+        assert len(asked) <= count.bit_length() + 1 + series.WALK
 
 
 def test_walk_steps_over_a_dip():
     good = {1: True, 2: True, 3: False, 4: False, 5: True, 6: False, 7: False}
-    assert tasder.longest_prefix(7, good.__getitem__, walk=4) == 5
-    assert tasder.longest_prefix(7, good.__getitem__, walk=0) == 2
+    assert series.longest_prefix(7, good.__getitem__, walk=4) == 5
+    assert series.longest_prefix(7, good.__getitem__, walk=0) == 2
 
 
 @pytest.mark.parametrize("goal", [0.999, 0.97, 0.9, 0.6])
 def test_layer_search_equals_brute_force(goal):
     """With a monotone judge the search must find the longest good prefix."""
-    result = tasder.search(QUANTIZER, NM256, quality, reference=1.0, goal=goal)
-    pairs = tasder.choices(QUANTIZER, NM256)
+    result = tasder_weights.search(QUANTIZER, NM256, quality, reference=1.0, goal=goal)
+    pairs = tasder_weights.choices(QUANTIZER, NM256)
     lengths = [n for n in range(len(pairs) + 1) if quality(QUANTIZER.network(
-        methods.Recipe(default=methods.parse("dense"), layers=tasder.assignment(pairs, n)))) >= goal]
-    best = tasder.assignment(pairs, max(lengths))
+        methods.Recipe(default=methods.parse("dense"), layers=tasder_weights.assignment(pairs, n)))) >= goal]
+    best = tasder_weights.assignment(pairs, max(lengths))
     assert result.recipe.layers == best and result.accuracy >= goal
-    assert result.facts["evaluations"] <= len(pairs).bit_length() + 2 + tasder.WALK + 2
+    assert result.facts["evaluations"] <= len(pairs).bit_length() + 2 + series.WALK + 2
 
 
 def test_network_search_takes_the_sparsest_that_passes():
     seen = []
-    result = tasder.search(QUANTIZER, NM256, lambda n: seen.append(n) or quality(n), reference=1.0, goal=0.75,
+    result = tasder_weights.search(QUANTIZER, NM256, lambda n: seen.append(n) or quality(n), reference=1.0, goal=0.75,
                            mode="network")
     used = {str(m) for m in result.recipe.layers.values()}
     assert len(used) == 1 and result.accuracy >= 0.75
-    order = [str(m) for m in tasder.candidates(NM256)]
+    order = [str(m) for m in series.candidates(NM256)]
     for sparser in order[:order.index(used.pop())]:
-        trial = {p.layer: p.method for p in tasder.choices(QUANTIZER, NM256) if str(p.method) == sparser}
+        trial = {p.layer: p.method for p in tasder_weights.choices(QUANTIZER, NM256) if str(p.method) == sparser}
         recipe = methods.Recipe(default=methods.parse("dense"), layers=trial)
         assert quality(QUANTIZER.network(recipe)) < 0.75
 
 
 def test_fixed_layers_are_left_alone():
     fixed = {NAMES[1]: methods.parse("nm:1:8")}
-    result = tasder.search(QUANTIZER, NM256, lambda network: 1.0, reference=1.0, fixed=fixed)
+    result = tasder_weights.search(QUANTIZER, NM256, lambda network: 1.0, reference=1.0, fixed=fixed)
     assert str(result.recipe.layers[NAMES[1]]) == "nm:1:8" and NAMES[2] in result.recipe.layers
 
 
 def test_nothing_passes_but_dense():
     dense = quality(QUANTIZER.network("dense"))
-    result = tasder.search(QUANTIZER, NM256, quality, reference=dense, goal=1.0)
+    result = tasder_weights.search(QUANTIZER, NM256, quality, reference=dense, goal=1.0)
     assert all(quality(QUANTIZER.network(methods.Recipe(default=methods.parse("dense"), layers={n: m}))) == 1.0
                for n, m in result.recipe.layers.items())
 
@@ -124,10 +125,10 @@ def test_nothing_passes_but_dense():
     ({"reference": 2.0}, "must be reachable: the dense int8 network has 1.0000, needed are 1.9800")])
 def test_refusals(options, text):
     with pytest.raises(InputError) as caught:
-        tasder.search(QUANTIZER, NM256, quality, **({"reference": 1.0} | options))
+        tasder_weights.search(QUANTIZER, NM256, quality, **({"reference": 1.0} | options))
     assert text in str(caught.value)
 
 
 def test_series_need_a_structured_engine():
     with pytest.raises(InputError, match="structured must be there for a search of series, not 'none'"):
-        tasder.candidates(configs.load("basis288"))
+        series.candidates(configs.load("basis288"))

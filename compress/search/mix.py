@@ -1,6 +1,6 @@
 """``basis-mix``: per layer a basis method, a series or dense, by predicted cycles and a bound on the layer's error.
 
-For each layer the choices are dense, every series that the configuration's structured engine runs (`tasder.candidates`)
+For each layer the choices are dense, every series that the configuration's structured engine runs (`series.candidates`)
 and the basis method, each where its engine exists and the layer allows it. Taken is the one with the fewest array
 cycles (`compress.cost`; ties: the smaller error, then dense before series before basis) among those whose output error
 on calibration data, ``||(W - W*) X|| / ||W X||`` against the dense int8 layer, is at most the bound. Dense has error 0,
@@ -9,8 +9,9 @@ so there always is one. Errors of several layers add up in the network: the accu
 from dataclasses import dataclass
 
 from compress import basis as bases
-from compress import cost, methods, tasder
+from compress import cost, methods
 from compress.network import BasisConvolution
+from compress.search.series import candidates
 from spec.errors import InputError
 
 
@@ -35,7 +36,7 @@ def choices(quantizer, node, method, config):
         dense = cost.basis_dense_cycles(node, source, shape, config)
     found = [Choice(method=methods.parse("dense"), cycles=dense, error=0.0)]
     if config.structured is not None:
-        for series in tasder.candidates(config):
+        for series in candidates(config):
             if not methods.kept_dense(node, series):
                 layer = quantizer.layer(node, series)
                 found.append(Choice(method=series, cycles=cost.layer_cycles(node, shape, series.patterns, config),

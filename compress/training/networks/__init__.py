@@ -2,10 +2,12 @@
 from difflib import get_close_matches
 
 from compress.training.networks import resnet
+from compress.training.networks.digits import Digits
 from spec.errors import InputError
 
 #: name -> function(classes) -> module with ``input_shape`` (channels, height, width).
 NETWORKS = {
+    "digits": lambda classes: Digits(classes=classes),
     "resnet20": lambda classes: resnet.CifarResNet(blocks=3, classes=classes),
     "resnet32": lambda classes: resnet.CifarResNet(blocks=5, classes=classes),
     "resnet56": lambda classes: resnet.CifarResNet(blocks=9, classes=classes),

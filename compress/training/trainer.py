@@ -31,14 +31,14 @@ class Trainer:
 
     Args:
         recipe, digest: see `recipe.load`. dataset: `loader.Dataset`. folder: of checkpoints and logs.
-        progress: called with (message, fraction 0..1 or None).
+        progress: called with (message, fraction 0..1, detail).
     Attributes after `run`: ``model`` (final form), ``rows`` (log of all epochs).
     """
 
     def __init__(self, recipe, digest, dataset, folder, *, progress=None):
         self.recipe, self.digest, self.dataset, self.folder = recipe, digest, dataset, Path(folder)
         self.progress = progress or (lambda *_: None)
-        self.rows, self.generator = [], torch.Generator()
+        self.rows, self.generator, self.saved = [], torch.Generator(), None
 
     # -- models --------------------------------------------------------------------------------------------------
     def build(self):
@@ -68,20 +68,20 @@ class Trainer:
         Raises: InputError if the folder holds a run of another recipe, or a damaged checkpoint.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        saved = None if restart else self._read("checkpoint.pt")
         if restart:
             for path in (*self.folder.glob("stage-*.pt"), self.folder / "checkpoint.pt"):
                 path.unlink(missing_ok=True)
+        self.saved = self._read("checkpoint.pt")
         with settings(self.recipe):
-            self.model = self.build()
-            first = 0 if saved is None else saved["stage"]
             self.generator.manual_seed(self.recipe.seed)
-            if saved is not None:
-                self.rows = saved["rows"]
-            for number in range(first):
+            self.model = self.build()
+            first = 0
+            if self.saved is not None:
+                first, self.rows = self.saved["stage"], self.saved["rows"]
+            for number in range(min(first, len(self.recipe.stages))):
                 self._replay(number)
             for number in range(first, len(self.recipe.stages)):
-                self._stage(number, saved if number == first else None)
+                self._stage(number)
         return self.model
 
     def _replay(self, number):
@@ -91,7 +91,7 @@ class Trainer:
             raise InputError("must be there: an interrupted run needs its finished stages",
                              source=self.folder / f"stage-{number}.pt")
         techniques = self._start(stage)
-        self._restore(saved, techniques, f"stage-{number}.pt")
+        self._restore(self.model, saved, techniques, f"stage-{number}.pt")
         self._finish(stage, techniques)
 
     def _start(self, stage):
@@ -103,9 +103,9 @@ class Trainer:
                 raise error.inside(f"stage {stage.name}: techniques[{n}]") from None
         return techniques
 
-    def _restore(self, saved, techniques, name):
+    def _restore(self, model, saved, techniques, name):
         try:
-            self.model.load_state_dict(saved["model"])
+            model.load_state_dict(saved["model"])
             for technique, state in zip(techniques, saved["techniques"], strict=True):
                 technique.load_state_dict(state)
         except DAMAGED as error:
@@ -119,42 +119,49 @@ class Trainer:
         if stage.settle:
             settle(self.model, self.dataset, stage, torch.Generator().manual_seed(self.recipe.seed))
 
-    def _stage(self, number, saved):
+    def _stage(self, number):
         stage = self.recipe.stages[number]
         techniques = self._start(stage)
-        phase = Phase(stage, self.model, self.dataset, precision=self.recipe.precision, generator=self.generator,
-                      techniques=techniques, teacher=stage.distill and self.teacher(stage.distill))
-        first = 0
-        if saved is not None:
-            self._restore(saved, techniques, "checkpoint.pt")
-            phase.load_state_dict(saved["phase"])
-            self.generator.set_state(saved["generator"])
-            torch.set_rng_state(saved["torch_generator"])
-            first = saved["epoch"]
-        for epoch in range(first, stage.epochs):
-            row = phase.epoch(epoch, self._teller(number, stage, epoch))
-            self.rows.append({"stage": stage.name, "epoch": epoch + 1} | row)
-            self._save("checkpoint.pt", number, epoch + 1, techniques, phase=phase.state_dict())
-            log.write(self.folder, self.rows)
-        if stage.average and stage.epochs:
-            phase.take_average()
-        self._save(f"stage-{number}.pt", number, stage.epochs, techniques)
+        self.epochs(stage, self.model, number, techniques)
+        self._save(f"stage-{number}.pt", number, stage.epochs, self.model, techniques)
         self._finish(stage, techniques)
         self.rows.append({"stage": stage.name, "epoch": stage.epochs, "finished": True,
                           "validation_accuracy": accuracy(self.model, self.dataset, "validation")})
         log.write(self.folder, self.rows)
 
+    def epochs(self, stage, model, number, techniques=(), *, precision=None):
+        """The epochs of ``stage`` on ``model``, each followed by a checkpoint; those that a killed run has done are
+        taken from its checkpoint. ``number``: of the stage, which the checkpoint names."""
+        phase = Phase(stage, model, self.dataset, precision=precision or self.recipe.precision,
+                      generator=self.generator, techniques=techniques,
+                      teacher=stage.distill and self.teacher(stage.distill))
+        saved, first = self.saved, 0
+        if saved is not None and saved["stage"] == number:
+            self._restore(model, saved, techniques, "checkpoint.pt")
+            phase.load_state_dict(saved["phase"])
+            self.generator.set_state(saved["generator"])
+            torch.set_rng_state(saved["torch_generator"])
+            first = saved["epoch"]
+        for epoch in range(first, stage.epochs):
+            self.rows.append({"stage": stage.name, "epoch": epoch + 1} |
+                             phase.epoch(epoch, self._teller(number, stage, epoch)))
+            self._save("checkpoint.pt", number, epoch + 1, model, techniques, phase=phase.state_dict())
+            log.write(self.folder, self.rows)
+        if stage.average and stage.epochs:
+            phase.take_average()
+
     def _teller(self, number, stage, epoch):
-        total = sum(max(1, s.epochs) for s in self.recipe.stages)
-        done = sum(max(1, s.epochs) for s in self.recipe.stages[:number]) + epoch
+        stages = [*self.recipe.stages, stage][:max(len(self.recipe.stages), number + 1)]
+        total = sum(s.epochs for s in stages)
+        done = sum(s.epochs for s in stages[:number]) + epoch
 
         def tell(fraction, loss):
-            self.progress(f"{stage.name} {epoch + 1}/{stage.epochs}: loss {loss:.3f}", (done + fraction) / total)
+            self.progress(f"{stage.name} {epoch + 1}/{stage.epochs}", (done + fraction) / total, f"loss {loss:.3f}")
         return tell
 
     # -- files ---------------------------------------------------------------------------------------------------
-    def _save(self, name, number, epoch, techniques, **more):
-        self._write(name, {"stage": number, "epoch": epoch, "rows": self.rows, "model": self.model.state_dict(),
+    def _save(self, name, number, epoch, model, techniques, **more):
+        self._write(name, {"stage": number, "epoch": epoch, "rows": self.rows, "model": model.state_dict(),
                            "techniques": [t.state_dict() for t in techniques]} | more)
 
     def _write(self, name, content):

@@ -1,0 +1,123 @@
+"""What a run leaves: ``model.onnx`` (float), ``model.summand`` (the package) and ``report.json``, with the accuracy of
+each step on the full test set. The test set is looked at here only, once, after all choices are made."""
+from dataclasses import replace
+from importlib.metadata import version
+import json
+import platform
+import time
+
+import numpy as np
+import torch
+
+from compress import engine, methods, onnx_import, package
+from compress import graph as graphs
+from compress.quantize import Calibration, Quantizer
+from compress.training import export, log, trainer
+from compress.training.integer import IntegerNetwork
+from compress.training.parametrizations import decompositions
+from spec import config as configs
+from spec.errors import InputError
+
+#: Images of one golden step.
+GOLDEN_BATCH = 100
+
+
+def write(run, recipe, text, *, progress=None):
+    """Export, quantise, measure and store a finished run.
+
+    Args:
+        run: `trainer.Trainer` after `run`. recipe: its `recipe.Recipe`; text: the recipe's YAML.
+        progress: called with (message, fraction or None).
+    Returns: the report (plain values). Raises: InputError for a package that cannot be made.
+    """
+    tell, folder, dataset = progress or (lambda *_: None), run.folder, run.dataset
+    began = time.monotonic()
+    with trainer.settings(recipe):
+        tell("test set, float", None)
+        accuracies = {"float": trainer.accuracy(run.model, dataset, "test")}
+        model = export.to_onnx(run.model, name=recipe.network)
+        data = model.SerializeToString()
+        (folder / "model.onnx").write_bytes(data)
+        report = {
+            "network": recipe.network, "seed": recipe.seed, "recipe_digest": run.digest, "recipe": text,
+            "data": {"kind": recipe.data.kind, "digest": dataset.digest(), "train": len(dataset.train[1]),
+                     "validation": len(dataset.validation[1]), "test": len(dataset.test[1])},
+            "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "numpy", "onnx")},
+            "precision": recipe.precision, "threads": recipe.threads, "epochs": sum("rate" in r for r in run.rows),
+            "parameters": sum(p.numel() for p in run.model.parameters()), "onnx_bytes": len(data),
+        }
+        if recipe.package is not None:
+            network, figures = _package(run, recipe, tell)
+            accuracies |= figures
+            package.save(_with_results(network, report, accuracies), folder / "model.summand", packed=True)
+            report["package_bytes"] = (folder / "model.summand").stat().st_size
+            report["layers"] = {layer.name: {"format": layer.format} | layer.metrics for layer in network.layers
+                                if hasattr(layer, "format")}
+    report["accuracy"] = accuracies
+    report["training_seconds"] = sum(r.get("seconds", 0) for r in run.rows)
+    report["results_seconds"] = time.monotonic() - began
+    log.plots(folder, run.rows)
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def _with_results(network, report, accuracies):
+    """The network with where it came from."""
+    facts = {k: report[k] for k in ("network", "seed", "recipe_digest", "data", "versions", "epochs")}
+    return replace(network, provenance=network.provenance | {"training": facts, "accuracy": accuracies})
+
+
+def _package(run, recipe, tell):
+    """(network, accuracies) of the quantised network, after integer training if the recipe asks for it."""
+    plan, dataset = recipe.package, run.dataset
+    config = None if plan.config is None else configs.load(plan.config)
+    graph = onnx_import.load(run.folder / "model.onnx")
+    count = len(dataset.train[1])
+    picks = np.linspace(0, count - 1, min(plan.calibration, count)).astype(int)
+    x = _nhwc(dataset, dataset.train[0][picks])
+    quantizer = Quantizer(graph, Calibration(x=x, source=f"{len(picks)} training images of {recipe.data.kind}"),
+                          observer=plan.observer, percentile=plan.percentile, config=config, seed=recipe.seed,
+                          decompositions=decompositions(run.model),
+                          progress=lambda message, fraction: tell(message, fraction))
+    network = quantizer.network(plan.method, provenance={"source": "model.onnx", "data_is_random": False})
+    module = IntegerNetwork(network, graph)
+    figures = {"quantized": trainer.accuracy(module, dataset, "test")}
+    if plan.integer is not None:
+        run.epochs(plan.integer, module, len(recipe.stages), precision="float32")
+        network = module.to_network()
+        figures["integer_trained"] = trainer.accuracy(module, dataset, "test")
+    figures["golden"] = golden_accuracy(network, dataset, trainer.logits_of(module, dataset, "test"), tell)
+    return network, figures
+
+
+def _nhwc(dataset, images):
+    return np.ascontiguousarray(dataset.normalized(images).permute(0, 2, 3, 1).numpy())
+
+
+def golden_accuracy(network, dataset, logits, tell):
+    """Accuracy of the integer network in golden on the test set, whose outputs must equal the module's ``logits``.
+
+    Raises: AssertionError if one output differs: training and golden would not compute the same network.
+    """
+    images, labels = dataset.test
+    right = 0
+    for at in range(0, len(images), GOLDEN_BATCH):
+        y = engine.predict(network, _nhwc(dataset, images[at:at + GOLDEN_BATCH]), batch=GOLDEN_BATCH)
+        mine = logits[at:at + GOLDEN_BATCH].numpy()
+        if not np.allclose(y.reshape(len(y), -1), mine, rtol=1e-5, atol=1e-5):
+            raise AssertionError(f"golden and the trained integers differ in images {at} to {at + len(y) - 1}")
+        right += int((graphs.top1(y) == labels[at:at + GOLDEN_BATCH]).sum())
+        tell("test set, golden integers", (at + len(y)) / len(images))
+    return right / len(images)
+
+
+def check(recipe):
+    """Refuse what would only fail after hours of training. Raises: InputError."""
+    if recipe.package is None:
+        return
+    plan = methods.recipe(recipe.package.method)
+    if plan.default.searched:
+        raise InputError("must not be searched: use summand compress on the run's model.onnx", field="package.method",
+                         value=recipe.package.method)
+    if recipe.package.config is not None:
+        configs.load(recipe.package.config)

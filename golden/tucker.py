@@ -60,7 +60,7 @@ def _tucker(w, r_out, r_in, sweeps):
     raise AssertionError("unreachable")
 
 
-def _check_ranks(ranks, shape):
+def check_ranks(ranks, shape):
     """(r_out, r_in) that a Tucker-2 core can use: none above its mode or above the product of the others."""
     try:
         r_out, r_in = ranks
@@ -81,7 +81,7 @@ def tucker2(weights, ranks, *, sweeps=0, stride=(1, 1), pads=(0, 0, 0, 0), dilat
     Raises: InputError for ranks above a mode (never clipped) or redundant, or for sweeps below 0.
     """
     w = real("weights", weights, 4)
-    r_out, r_in = _check_ranks(ranks, w.shape)
+    r_out, r_in = check_ranks(ranks, w.shape)
     if isinstance(sweeps, bool) or not isinstance(sweeps, (int, np.integer)) or sweeps < 0:
         raise InputError("must be an integer of at least 0", field="sweeps", value=sweeps)
     a, g, b = _tucker(w, r_out, r_in, sweeps)
@@ -101,7 +101,7 @@ def block_term(weights, blocks, ranks, *, sweeps=4, stride=(1, 1), pads=(0, 0, 0
     Raises: InputError for blocks below 1, illegal ranks, n * r_out above O or n * r_in above I, or sweeps below 0.
     """
     w = real("weights", weights, 4)
-    r_out, r_in = _check_ranks(ranks, w.shape)
+    r_out, r_in = check_ranks(ranks, w.shape)
     blocks = _rank("blocks", blocks, min(w.shape[0] // r_out, w.shape[3] // r_in))
     if isinstance(sweeps, bool) or not isinstance(sweeps, (int, np.integer)) or sweeps < 0:
         raise InputError("must be an integer of at least 0", field="sweeps", value=sweeps)

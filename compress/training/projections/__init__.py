@@ -1,0 +1,1 @@
+"""Projections by the name that recipes use; one module for each format."""

@@ -2,6 +2,8 @@
 
 Each function returns the value in its type or raises InputError naming field, rule and value.
 """
+from difflib import get_close_matches
+import inspect
 import math
 
 from spec.errors import InputError
@@ -54,3 +56,23 @@ def wholes(value, field, *, low=0, high=1 << 31, length=None):
         count = "" if length is None else f"{length} "
         raise InputError(f"must be a list of {count}whole numbers", field=field, value=value)
     return tuple(whole(v, f"{field}[{n}]", low=low, high=high) for n, v in enumerate(value))
+
+
+def construct(cls, options, *, field=""):
+    """``cls(**options)`` with the keys checked against its keyword arguments; ``field``: where the options stand.
+
+    Raises: InputError for a key that is not one of them, or one without default that is missing.
+    """
+    known = {n: p for n, p in inspect.signature(cls.__init__).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    try:
+        for key in options:
+            if key not in known:
+                near = get_close_matches(str(key), known, n=1)
+                hint = f" (did you mean {near[0]}?)" if near else f"; known: {', '.join(known) or 'none'}"
+                raise InputError(f"is not a known field{hint}", field=key)
+        for key, parameter in known.items():
+            if parameter.default is parameter.empty and key not in options:
+                raise InputError("must be given", field=key)
+        return cls(**options)
+    except InputError as error:
+        raise (error.inside(field) if field else error) from None

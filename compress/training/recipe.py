@@ -21,9 +21,9 @@ import json
 from pathlib import Path
 
 from compress.training import fields, networks
+from compress.training.fields import construct
 from compress.training.loader import Source
 from compress.training.schedule import Optimizer, Schedule
-from compress.training.technique import construct
 from compress.training.techniques import build as technique
 from spec import strict_yaml
 from spec.errors import InputError

@@ -15,9 +15,7 @@ parent module); the optimiser is made from ``model.parameters()`` after `start`.
 of the stages before are called again on the weights of that time, so both must depend on nothing but the model's
 state, the technique's options and `load_state_dict`.
 """
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
-import inspect
 
 from torch import nn
 
@@ -101,23 +99,3 @@ def replace_layer(model, name, layer):
     """Exchange the module called ``name`` (dotted) of ``model``."""
     parent, _, own = name.rpartition(".")
     setattr(model.get_submodule(parent), own, layer)
-
-
-def construct(cls, options, *, field=""):
-    """``cls(**options)`` with the keys checked against its keyword arguments; ``field``: where the options stand.
-
-    Raises: InputError for a key that is not one of them, or one without default that is missing.
-    """
-    known = {n: p for n, p in inspect.signature(cls.__init__).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    try:
-        for key in options:
-            if key not in known:
-                near = get_close_matches(str(key), known, n=1)
-                hint = f" (did you mean {near[0]}?)" if near else f"; known: {', '.join(known) or 'none'}"
-                raise InputError(f"is not a known field{hint}", field=key)
-        for key, parameter in known.items():
-            if parameter.default is parameter.empty and key not in options:
-                raise InputError("must be given", field=key)
-        return cls(**options)
-    except InputError as error:
-        raise (error.inside(field) if field else error) from None

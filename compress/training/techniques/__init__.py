@@ -2,7 +2,7 @@
 from difflib import get_close_matches
 from importlib import import_module
 
-from compress.training.technique import construct
+from compress.training.fields import construct
 from spec.errors import InputError
 
 #: recipe name -> (module, class).

@@ -57,3 +57,51 @@ class CifarResNet(nn.Module):
         x = functional.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean(dim=(2, 3)))
+
+
+class BasicBlock(nn.Module):
+    """3x3 | 3x3 plus shortcut; where size or width change, the shortcut is a 1x1 convolution (option B)."""
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.conv1, self.bn1 = _norm_conv(inputs, outputs, stride)
+        self.conv2, self.bn2 = _norm_conv(outputs, outputs)
+        self.downsample = nn.Identity()
+        if stride > 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False),
+                                            nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        y = functional.relu(self.bn1(self.conv1(x)))
+        return functional.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+
+
+class ResNet18(nn.Module):
+    """Four stages of two `BasicBlock`, widths 64 to 512. Parameter names are those of torchvision's ``resnet18``.
+
+    ``small``: for 32x32 images, a 3x3 convolution of stride 1 without max pooling at the start; otherwise the paper's
+    (table 1) 7x7 convolution of stride 2 and 3x3 max pooling, for 224x224.
+    """
+
+    def __init__(self, *, classes=1000, small=False):
+        super().__init__()
+        self.small, self.input_shape = small, (3, 32, 32) if small else (3, 224, 224)
+        self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False) if small else \
+            nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        width = 64
+        for stage, outputs in enumerate((64, 128, 256, 512), 1):
+            first = BasicBlock(width, outputs, 1 if outputs == width else 2)
+            setattr(self, f"layer{stage}", nn.Sequential(first, BasicBlock(outputs, outputs, 1)))
+            width = outputs
+        self.fc = nn.Linear(width, classes)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        x = functional.relu(self.bn1(self.conv1(x)))
+        if not self.small:
+            x = functional.max_pool2d(x, 3, stride=2, padding=1)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(x.mean(dim=(2, 3)))

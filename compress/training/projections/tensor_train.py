@@ -2,6 +2,7 @@
 
 Source: reference on tensor trains, sections 2 to 4.
 """
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -89,8 +90,8 @@ class TensorTrain(Projection):
         weight = checked(weight)
         layer = decompose(weight, *self.resolve(weight.shape))
 
-        def rebuild(**_):
-            dense = layer.to_dense()
+        def rebuild(**cores):
+            dense = replace(layer, train=replace(layer.train, cores=tuple(cores.values()))).to_dense()
             return np.ascontiguousarray(dense.transpose(0, 3, 1, 2) if dense.ndim == 4 else dense, weight.dtype)
 
         cores = {f"core{n}": core for n, core in enumerate(layer.train.cores, 1)}

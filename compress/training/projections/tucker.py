@@ -40,8 +40,9 @@ class Tucker(Projection):
         chain = tucker.tucker2(weight.transpose(0, 2, 3, 1), self.resolve(weight.shape), sweeps=self.sweeps)
         inputs, core, out = (s.weights for s in chain.stages)
 
-        def rebuild(**_):
-            return np.ascontiguousarray(chain.to_dense().transpose(0, 3, 1, 2), weight.dtype)
+        def rebuild(out, core, inputs):
+            dense = np.tensordot(np.tensordot(out, core, axes=1), inputs, axes=1)
+            return np.ascontiguousarray(dense.transpose(0, 3, 1, 2), weight.dtype)
 
         return Encoded(parts={"out": out[:, 0, 0], "core": core, "inputs": inputs[:, 0, 0]},
                        bits=chain.bits(WEIGHT_BITS), rebuild=rebuild)

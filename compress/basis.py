@@ -1,4 +1,4 @@
-"""Basis layers: a convolution as few basis kernels and ternary coefficients, without retraining.
+"""Basis layers: a convolution as few basis kernels and ternary coefficients.
 
 ``W[k,r,s,c] ~= alpha[k] * scale * sum_m T[k,c,m] * B[m,r,s]``, T in {-1, 0, 1}, B int8 (docs/basis.md). A layer is
 made in these steps, all but the last on its float weights:
@@ -20,6 +20,8 @@ Method strings: ``basis:M`` or ``basis:eE`` (least share of energy), then option
 and pattern: G/2:G if the configuration's basis engine takes series, else density 0.5; about there the error without
 retraining is least. ``basis-mix``, with the same options and ``@xE``, the largest output error of a layer (0.1),
 chooses per layer (`compress.search.mix`).
+
+Factors that were trained (`compress.training`) are taken as they are instead (`given`): steps 1 to 6 fall away.
 
 Layers that stay dense: 1x1, fully connected, depthwise and grouped ones; unless named in a recipe, also those with
 fewer than 8 input channels. Without retraining ternary coefficients cost much accuracy; the figures say how much.
@@ -52,6 +54,8 @@ ROTATIONS, MAX_ROTATIONS = 32, 1024
 ERROR = 0.1
 #: Coefficients of a pattern start with those above this share of the mean magnitude of their m.
 THRESHOLD = 0.7
+#: Largest relative error of weights rebuilt from given factors: those of an int8 basis are far below.
+GIVEN_ERROR = 0.05
 #: Alternations of the rank-1 fit, and of the descent.
 _SWEEPS, _DESCENT = 20, 10
 #: (k, c) rows that judge a rotation; more change nothing and cost time.
@@ -362,6 +366,56 @@ def fit(weights, plan, *, rng):
              "weight_error_alpha": plain, "weight_error_rank_one": ranked, "rotation_imbalance_before": before,
              "rotation_imbalance_after": after, "imbalance": imbalance(ternary)}
     return replace(out, meta=facts), facts
+
+
+def given(weights, plan, basis, coefficients):
+    """The integer decomposition of a kernel whose factors are known, as training makes them: no search.
+
+    The basis is rounded to int8 with one scale; then ``alpha[k] = <W[k], G[k]> / <G[k], G[k]>`` with G = T B, the least
+    squares, exact up to rounding for W = alpha G. Outputs with a negative alpha (folded batch normalisation may turn
+    the sign of a row) get it positive and the signs of their coefficients the other way.
+
+    Args: weights: real [K, R, S, C]; plan: Plan; basis: real [M, R, S]; coefficients: [K, C, M], each -1, 0 or 1.
+    Returns: (golden.basis.IntegerDecomposition, facts: count, weight_error, energy_ternary, imbalance, as of `fit`).
+    Raises: InputError for factors of another shape, or that do not rebuild the weights (error above `GIVEN_ERROR`), or
+    are more than the plan's method allows: another M, a higher density, more than N of its pattern.
+    """
+    w, b, t = np.asarray(weights, np.float64), np.asarray(basis), np.asarray(coefficients)
+    k, r, s, c = w.shape
+    if b.ndim != 3 or b.shape[1:] != (r, s) or not len(b) or b.dtype.kind != "f" or not np.isfinite(b).all():
+        raise InputError(f"must be finite floats [M, {r}, {s}]", field="basis", value=(str(b.dtype), b.shape))
+    if t.shape != (k, c, len(b)) or t.dtype.kind not in "iu" or t.size and not -1 <= t.min() <= t.max() <= 1:
+        raise InputError(f"must be -1, 0 or 1, [{k}, {c}, {len(b)}]", field="coefficients",
+                         value=(str(t.dtype), t.shape))
+    method = plan.method
+    if method.count is not None and method.count != len(b):
+        raise InputError(f"must have {method.count} kernels for {method}", field="basis", value=len(b))
+    nonzeros = int(np.count_nonzero(t))
+    if method.density is not None and nonzeros > len(b) * max(1, round(method.density * k * c)):
+        raise InputError(f"must have a density of at most {method.density:g} for {method}", field="coefficients",
+                         value=nonzeros / t.size)
+    if method.pattern is not None and not structured.fits(t, plan.pattern, axis=1):
+        raise InputError(f"must have at most {plan.pattern.n} non-zeros in each {plan.pattern.m} channels",
+                         field="coefficients")
+    q, scale = quantize_rows(b.astype(np.float64)[None])
+    made = np.einsum("kcm,mrs->krsc", t.astype(np.float64), q[0].astype(np.float64))
+    alpha = _ratio((w * made).sum(axis=(1, 2, 3)), (made * made).sum(axis=(1, 2, 3)))
+    ternary = np.where((alpha == 0)[:, None, None], 0, t * np.where(alpha < 0, -1, 1)[:, None, None])
+    out = golden.IntegerDecomposition(basis=q[0], coefficients=ternary, scale=float(scale[0]),
+                                      alpha=np.where(alpha != 0, np.abs(alpha) / float(scale[0]), 1.0))
+    error = float(np.linalg.norm(out.to_dense() - w) / np.linalg.norm(w))
+    if error > GIVEN_ERROR:
+        raise InputError(f"must rebuild the layer's weights (relative error at most {GIVEN_ERROR:g})",
+                         field="coefficients", value=error)
+    facts = {"count": len(b), "weight_error": error, "energy_ternary": 1 - error ** 2, "imbalance": imbalance(ternary)}
+    return replace(out, meta=facts), facts
+
+
+def tightest(coefficients, channels):
+    """The pattern N:``channels`` of coefficients [K, C, M]: N is the most non-zeros of a group (at least 1)."""
+    most = max(int(np.count_nonzero(coefficients[:, at:at + channels], axis=1).max())
+               for at in range(0, coefficients.shape[1], channels))
+    return Pattern(max(1, most), channels)
 
 
 # -- what the integers do ----------------------------------------------------------------------------------------------

@@ -122,7 +122,8 @@ def _judged(network, graph, x, labels, split):
         return network
     facts = {"float": float((graphs.top1(graphs.forward(graph, x)) == labels).mean()),
              "compressed": engine.accuracy(network, x, labels), "split": split, "samples": len(labels),
-             "retrained": False}
+             "retrained": all(layer.metrics.get("retrained") for layer in network.layers
+                              if isinstance(layer, BasisConvolution))}
     return replace(network, provenance=network.provenance | {"accuracy": facts})
 
 

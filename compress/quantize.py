@@ -160,12 +160,18 @@ class Quantizer:
             Scales of basis layers are corrected likewise.
         config: Config or None; its basis engine, if any, decides group and intermediate width of basis layers.
         seed: of the random rotations of basis layers.
+        decompositions: {layer name: (basis, coefficients)}, factors of layers with a basis method that were trained and
+            are kept (`basis.given`); the other layers are fitted.
         progress: called with (step name, fraction).
     """
 
     def __init__(self, graph, calibration, *, observer="minmax", percentile=99.99, bias_correction=True, config=None,
-                 seed=0, progress=None):
-        self.config, self.seed = config, seed
+                 seed=0, decompositions=None, progress=None):
+        self.config, self.seed, self.decompositions = config, seed, dict(decompositions or {})
+        for name in self.decompositions:
+            if name not in (known := [n.name for n in graph.convolutions]):
+                raise InputError(f"is not a layer with weights; layers: {', '.join(known)}",
+                                 field=f"decompositions.{name}")
         self.graph, self.calibration, self.bias_correction = graph, calibration, bias_correction
         self.settings = {"observer": observer} | ({"percentile": percentile} if observer == "percentile" else {})
         tell = (lambda f: progress("calibrate", f)) if progress else None
@@ -257,15 +263,19 @@ class Quantizer:
         if not np.any(node.weights):
             return self._convolution(node, methods.parse("dense"), "all weights are zero")
         plan = bases.plan(method.basis, self.config)
-        number = [n.name for n in self.graph.convolutions].index(node.name)
-        decomposition, metrics = bases.fit(node.weights, plan, rng=np.random.default_rng([self.seed, number]))
+        retrained = node.name in self.decompositions
+        if retrained:
+            decomposition, metrics, plan = self._given(node, plan)
+        else:
+            number = [n.name for n in self.graph.convolutions].index(node.name)
+            decomposition, metrics = bases.fit(node.weights, plan, rng=np.random.default_rng([self.seed, number]))
         source, output = self.tensors[node.input], self.tensors[node.output]
         # an output whose bias is that large has weights that do not count
         least = np.abs(node.bias.astype(np.float64)) / (source.scale * _LARGEST_BIAS)
         scale = decomposition.alpha * decomposition.scale
         values, dense_scale = self.weights[node.name]
-        dense = values * dense_scale[:, None, None, None]
-        if self.bias_correction:
+        dense = node.weights if retrained else values * dense_scale[:, None, None, None]
+        if self.bias_correction and not retrained:
             scale = scale * self._slope(node, dense, decomposition.integer_kernel() * scale[:, None, None, None])
         coefficients = np.where((scale < least)[:, None, None], 0, decomposition.coefficients).astype(np.int8)
         scale = np.maximum(scale, least)
@@ -284,17 +294,29 @@ class Quantizer:
             "output_error": error, "nonzeros": int(np.count_nonzero(coefficients)),
             "density": int(np.count_nonzero(coefficients)) / coefficients.size,
             "saturations": seen.saturations, "intermediates_checked": seen.elements,
-            "exact_intermediate_bits": seen.exact_bits, "retrained": False,
+            "exact_intermediate_bits": seen.exact_bits, "retrained": retrained,
         } | bases.storage_metrics(decomposition.basis, coefficients, plan.sizes, pattern=plan.pattern)
         if plan.pattern is not None:
             metrics["pattern_density"] = plan.pattern.density
-        wanted = plan.pattern if plan.pattern is not None else f"{plan.density:g}"
+        share = metrics["density"] if retrained else plan.density
+        wanted = plan.pattern if plan.pattern is not None else f"{share:g}"
         return BasisConvolution(
             name=node.name, input=node.input, output=node.output, residual=node.residual, basis=decomposition.basis,
             coefficients=coefficients, intermediate_bits=bits, pattern=plan.pattern, stride=node.stride,
             pads=node.pads, dilation=node.dilation, weight_scale=scale,
             format=f"basis:{len(decomposition.basis)}@{wanted}", metrics=metrics,
             requantization=self._requantization(node, bias.astype(np.int64), ratio))
+
+    def _given(self, node, plan):
+        """(decomposition, facts, plan) of the layer's given factors; their pattern, where the engine takes series, is
+        the tightest unless the method names one."""
+        try:
+            decomposition, facts = bases.given(node.weights, plan, *self.decompositions[node.name])
+        except InputError as error:
+            raise error.inside(f"decompositions.{node.name}") from None
+        if plan.pattern is not None and plan.method.pattern is None:
+            plan = plan._replace(pattern=bases.tightest(decomposition.coefficients, plan.pattern.m))
+        return decomposition, facts, plan
 
     def _slope(self, node, dense, kept):
         """Slope [K] of the outputs of kernel ``dense`` over those of ``kept`` about their means, in 0.5..2; 1 where the

@@ -218,7 +218,9 @@ def _tell_basis(network):
             for layer in layers
         ],
     )
-    print("ternary coefficients were not retrained, which costs much accuracy", end="")
+    retrained = all(layer.metrics.get("retrained") for layer in layers)
+    cost = "retrained" if retrained else "not retrained, which costs much accuracy"
+    print(f"ternary coefficients were {cost}", end="")
     facts = network.provenance.get("accuracy")
     if facts is None:
         print("; give labelled --calibration or --validation data to see how much")

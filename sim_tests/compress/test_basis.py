@@ -11,6 +11,7 @@ from compress.quantize import Calibration, Quantizer, quantize
 from golden import basis as golden
 from golden import coefficients as formats
 from golden import structured
+from golden.chain import quantize_rows
 from golden.machine import Machine
 from lowering.lower import lower
 from sim_tests.compress.networks import every_layer_kind, same_network
@@ -360,6 +361,102 @@ def test_repeatable_and_seeded(rng):
     one, two, other = (quantize(graph, data, "basis:6@0.1", seed=s) for s in (0, 0, 1))
     same_network(one, two)
     assert not np.array_equal(one.layers[0].basis, other.layers[0].basis)
+
+
+# -- given factors -----------------------------------------------------------------------------------------------------
+def factors(rng, shape=(12, 3, 3, 20), count=6, density=0.1):
+    """(weights [K, R, S, C], basis, coefficients) that rebuild them, with positive and negative scales of outputs."""
+    k, r, s, c = shape
+    made = rng.integers(-127, 128, (count, r, s)) / 64
+    made[0, 0, 0] = 127 / 64
+    ternary = basis.ternarize(rng.normal(size=(k, c, count)), density=density)
+    alpha = rng.uniform(0.5, 2, k) * np.where(np.arange(k) % 3 == 1, -1, 1)
+    return np.einsum("k,kcm,mrs->krsc", alpha, ternary, made), made, ternary
+
+
+@pytest.mark.parametrize("config", [None, "maps288", "basis288"])
+def test_given_factors_are_the_layer(rng, config):
+    weights, made, ternary = factors(rng)
+    graph = one_layer(weights, bias=rng.normal(size=12), pads=(1, 1, 1, 1))
+    data = samples(graph, rng)
+    quantizer = Quantizer(graph, data, config=config and load(config), decompositions={"conv": (made, ternary)})
+    network = quantizer.network("basis:6")
+    validate.network(network)
+    layer = network.layers[0]
+    assert np.array_equal(layer.basis, np.round(made * 64)), "int8 already"
+    flipped = np.where(np.arange(12) % 3 == 1, -1, 1)[:, None, None] * ternary
+    assert np.array_equal(layer.coefficients, np.where(ternary.any(axis=(1, 2), keepdims=True), flipped, 0))
+    np.testing.assert_allclose(layer.effective_weights() * layer.weight_scale[:, None, None, None],
+                               graph.nodes[0].weights, atol=1e-6)
+    facts = layer.metrics
+    assert facts["retrained"] and facts["weight_error"] < 1e-6 and facts["output_error"] < 1e-6
+    assert facts["nonzeros"] == np.count_nonzero(ternary) and facts["density"] == facts["nonzeros"] / ternary.size
+    if config == "basis288":
+        most = max(np.count_nonzero(ternary[:, at:at + 16], axis=1).max() for at in (0, 16))
+        assert layer.pattern == (most, 16) and layer.format == f"basis:6@{most}:16"
+    else:
+        assert layer.pattern is None and layer.format == f"basis:6@{facts['density']:g}"
+    exact = np.clip(graphs.forward(graph, data.x), *(network.tensors["y"].scale * (v - network.tensors["y"].zero_point)
+                                                     for v in (-128, 127)))
+    inputs = network.tensors["x"].scale
+    reach = np.abs(graph.nodes[0].weights).sum(axis=(1, 2, 3)).max() * inputs / 2     # rounding of the input
+    assert np.abs(engine.predict(network, data.x) - exact).max() < 0.51 * network.tensors["y"].scale + reach
+    assert quantize(graph, data, "basis:6").layers[0].metrics["retrained"] is False
+
+
+def test_given_factors_run_on_the_golden_machine(rng):
+    config = load("maps288")
+    weights, made, ternary = factors(rng, (16, 3, 3, 16))
+    graph = one_layer(weights, pads=(1, 1, 1, 1))
+    data = samples(graph, rng, count=1)
+    network = Quantizer(graph, data, config=config, decompositions={"conv": (made, ternary)}).network("basis:6")
+    x, low = engine.quantize_input(network, data.x), lower(network, config)
+    memory = low.new_memory()
+    low.write_tensor(memory, network.input, x)
+    machine = Machine(config, memory)
+    machine.run(low.program_offset, low.instruction_count)
+    np.testing.assert_array_equal(low.read_tensor(machine.memory, network.output), engine.run(network, x))
+
+
+def test_outputs_without_weights_have_no_coefficients(rng):
+    weights, made, ternary = factors(rng)
+    weights[3] = 0                                           # batch normalisation with a factor of 0
+    d, facts = basis.given(weights, HALF, made, ternary)
+    assert not d.coefficients[3].any() and d.alpha[3] == 1 and d.coefficients[4].any() and facts["weight_error"] < 1e-9
+
+
+def test_float_basis_is_rounded_once(rng):
+    weights, made, ternary = factors(rng)
+    made = made * (1 + 0.001 * rng.normal(size=made.shape))
+    d, facts = basis.given(np.einsum("kcm,mrs->krsc", ternary, made), HALF, made, ternary)
+    q, scale = quantize_rows(made[None])
+    assert np.array_equal(d.basis, q[0]) and d.scale == scale[0] and 0 < facts["weight_error"] < 0.01
+    np.testing.assert_allclose(d.alpha, 1, atol=0.01)
+
+
+@pytest.mark.parametrize("change,method,text", [
+    (lambda w, b, t: (w, b[:, :2], t), "basis:6", "decompositions.conv.basis must be finite floats"),
+    (lambda w, b, t: (w, b * np.nan, t), "basis:6", "decompositions.conv.basis must be finite floats"),
+    (lambda w, b, t: (w, b, t[..., :3]), "basis:6", "decompositions.conv.coefficients must be -1, 0 or 1"),
+    (lambda w, b, t: (w, b, 2 * t), "basis:6", "coefficients must be -1, 0 or 1"),
+    (lambda w, b, t: (w, b, t.astype(float)), "basis:6", "coefficients must be -1, 0 or 1"),
+    (lambda w, b, t: (w, b, t), "basis:4", "basis must have 4 kernels for basis:4, not 6"),
+    (lambda w, b, t: (w, b, t), "basis:6@0.05", "must have a density of at most 0.05 for basis:6@0.05, not 0.1"),
+    (lambda w, b, t: (w, b, t), "basis:6@1:16", "coefficients must have at most 1 non-zeros in each 16 channels"),
+    (lambda w, b, t: (w[::-1], b, t), "basis:6", "must rebuild the layer's weights (relative error at most 0.05)")])
+def test_refused_factors(rng, change, method, text):
+    weights, made, ternary = change(*factors(rng))
+    graph = one_layer(weights)
+    quantizer = Quantizer(graph, samples(graph, rng), decompositions={"conv": (made, ternary)})
+    with pytest.raises(InputError) as caught:
+        quantizer.network(method)
+    assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_factors_of_an_unknown_layer_are_refused(rng):
+    graph = one_layer(kernel(rng))
+    with pytest.raises(InputError, match="decompositions.con is not a layer with weights; layers: conv"):
+        Quantizer(graph, samples(graph, rng), decompositions={"con": (None, None)})
 
 
 # -- saturation and accumulators ---------------------------------------------------------------------------------------

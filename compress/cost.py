@@ -3,8 +3,6 @@
 Structured array: ``cycles = ceil(K / columns) * pixels * sum over terms of fetches`` (reference on TASD, section 7.4;
 own model). Basis engine: docs/basis.md, "Cycles", for whole layers cut into strips that fit an accumulator bank.
 """
-from math import ceil
-
 import numpy as np
 
 from compress import basis as bases
@@ -101,11 +99,11 @@ def activation_cycles(node, shape, patterns, config):
         sum(ceil_div(blocks, sizes.fetch_blocks(n)) for n in runs)
 
 
-def ideal_cycles(macs, density, config):
-    """Cycles of ``macs`` dense multiplications at ``density`` on every multiplier of the structured array, nothing
-    padded: ``ceil(macs * density / (columns * slots))``."""
+def ideal_cycles(macs, config):
+    """Cycles of ``macs`` multiplications on every multiplier of the structured array: ``ceil(macs / (columns *
+    slots))``, nothing padded."""
     array = config.structured
-    return ceil(macs * density / (array.columns * array.slots))
+    return ceil_div(macs, array.columns * array.slots)
 
 
 # -- basis engine ------------------------------------------------------------------------------------------------------

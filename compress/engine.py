@@ -66,22 +66,27 @@ def _basis_accumulators(layer, x, zero_point):
         for at in range(0, max(1, len(x)), batch)])
 
 
-def run_layer(layer, network, values):
-    """int8 output of one layer."""
+def run_layer(layer, network, values, *, read=None):
+    """int8 output of one layer.
+
+    ``read``: callback (layer, int8 input) -> int8 that the layer reads in its place; its residual operand stays.
+    """
     r = layer.requantization
+    source = values if read is None else values | {layer.input: read(layer, values[layer.input])}
     return requantize.requantize(
-        accumulators(layer, network, values), bias=r.bias, multiplier=r.multiplier, shift=r.shift,
+        accumulators(layer, network, source), bias=r.bias, multiplier=r.multiplier, shift=r.shift,
         zero_point=r.zero_point, low=r.low, high=r.high,
         residual=None if layer.residual is None else values[layer.residual],
         residual_zero_point=r.residual_zero_point, residual_multiplier=r.residual_multiplier)
 
 
-def run(network, x, *, keep=False, progress=None):
+def run(network, x, *, keep=False, read=None, progress=None):
     """Integer-exact forward pass.
 
     Args:
         x: int8 [N, H, W, C] (see `quantize_input`).
         keep: return a dict of every tensor instead of the output alone.
+        read: see `run_layer`.
         progress: called with (layer name, fraction).
     Raises: InputError for data of another shape or type; OverflowError if a sum leaves 32 bits.
     """
@@ -91,7 +96,7 @@ def run(network, x, *, keep=False, progress=None):
     values = {network.input: x}
     last = {t: i for i, layer in enumerate(network.layers) for t in (layer.input, layer.residual)}
     for i, layer in enumerate(network.layers):
-        values[layer.output] = run_layer(layer, network, values)
+        values[layer.output] = run_layer(layer, network, values, read=read)
         if not keep:
             for t in {layer.input, layer.residual} - {None, network.output}:
                 if last[t] == i:
@@ -101,18 +106,21 @@ def run(network, x, *, keep=False, progress=None):
     return values if keep else values[network.output]
 
 
-def predict(network, x, *, batch=256):
-    """Float outputs [N, H, W, C] of float inputs [N, H, W, C] through the integer network."""
-    return np.concatenate([dequantize_output(network, run(network, quantize_input(network, x[at:at + batch])))
-                           for at in range(0, len(x), batch)])
+def predict(network, x, *, batch=256, read=None):
+    """Float outputs [N, H, W, C] of float inputs [N, H, W, C] by the integer network; ``read``: see `run_layer`."""
+    parts = (quantize_input(network, x[at:at + batch]) for at in range(0, len(x), batch))
+    return np.concatenate([dequantize_output(network, run(network, part, read=read)) for part in parts])
 
 
-def accuracy(network, x, labels, *, batch=256):
-    """Share of samples whose largest output is the label. ``x``: float [N, H, W, C]; labels: int [N]."""
+def accuracy(network, x, labels, *, batch=256, read=None):
+    """Share of samples whose largest output is the label.
+
+    Args: x: float [N, H, W, C]; labels: int [N]; read: see `run_layer`.
+    """
     labels = np.asarray(labels)
     if not len(labels) or labels.shape != (len(x),):
         raise InputError(f"must be one for each of {len(x)} samples", field="labels", value=labels.shape)
-    return float((top1(predict(network, x, batch=batch)) == labels).mean())
+    return float((top1(predict(network, x, batch=batch, read=read)) == labels).mean())
 
 
 def run_onnx(path, x):

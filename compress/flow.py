@@ -54,7 +54,7 @@ def load_samples(source, graph, *, limit=None):
 
 def compress_model(model, method="dense", *, config=None, calibration=None, validation=None, observer="minmax",
                    percentile=99.99, bias_correction=True, permutation=False, seed=0, goal=tasder_weights.GOAL,
-                   search="layer", progress=None):
+                   search="layer", first="dense", progress=None):
     """Compress a network file.
 
     Args:
@@ -69,7 +69,8 @@ def compress_model(model, method="dense", *, config=None, calibration=None, vali
         observer, percentile, bias_correction: see `quantize.ranges` and `quantize.Quantizer`.
         permutation: reorder channels first so that the default method keeps more magnitude (exact, see `permute`).
         seed: of the permutation search and of the rotations of basis layers.
-        goal, search: share of the float accuracy that ``tasder`` keeps; ``layer`` or ``network`` wise.
+        goal, search, first: share of the float accuracy that ``tasder`` keeps; ``layer`` or ``network`` wise; whether
+            the first convolution stays ``dense`` or is searched too (``search``).
         progress: called with (step, fraction 0..1).
     Returns: Network. With basis layers and labelled data its provenance has ``accuracy``: of the float network and of
     this one, on the validation data, else the calibration data. Raises: InputError.
@@ -110,7 +111,8 @@ def compress_model(model, method="dense", *, config=None, calibration=None, vali
         raise InputError("must be given with labels: tasder judges each candidate by accuracy", field="validation data")
     reference = float((graphs.top1(graphs.forward(graph, x)) == labels).mean())
     result = tasder_weights.search(quantizer, settings, lambda net: engine.accuracy(net, x, labels),
-                                   reference=reference, goal=goal, mode=search, fixed=plan.layers, progress=progress)
+                                   reference=reference, goal=goal, mode=search, first=first, fixed=plan.layers,
+                                   progress=progress)
     network = quantizer.network(result.recipe, provenance=provenance)
     facts = network.provenance["method"] | {"method": "tasder", "search": result.facts | {"split": split}}
     return replace(network, provenance=network.provenance | {"method": facts})

@@ -148,9 +148,12 @@ def convolve(x, weights, *, stride=(1, 1), pads=(0, 0, 0, 0), dilation=(1, 1), g
     return result
 
 
-def apply_node(node, values):
-    """Float result of one node; ``values`` maps tensor names to NHWC arrays."""
-    x = values[node.input]
+def apply_node(node, values, *, read=None):
+    """Float result of one node; ``values`` maps tensor names to NHWC arrays.
+
+    ``read``: callback (node, input) -> array that the node reads in its place; its residual operand stays.
+    """
+    x = values[node.input] if read is None else read(node, values[node.input])
     if isinstance(node, Conv):
         y = convolve(x, node.weights, stride=node.stride, pads=node.pads, dilation=node.dilation, groups=node.groups)
         y += node.bias
@@ -167,12 +170,13 @@ def apply_node(node, values):
     return y
 
 
-def forward(graph, x, *, keep=False):
+def forward(graph, x, *, keep=False, read=None):
     """Dense float32 forward pass.
 
     Args:
         x: float array [N, height, width, channels] (see `to_nhwc`).
         keep: return a dict of every tensor instead of the output alone.
+        read: see `apply_node`.
     Raises: InputError if the shape is not the network's.
     """
     x = np.asarray(x, np.float32)
@@ -182,7 +186,7 @@ def forward(graph, x, *, keep=False):
     last = {t: i for i, n in enumerate(graph.nodes) for t in n.inputs}
     with np.errstate(over="ignore", invalid="ignore"):        # calibration refuses what is not finite, with a name
         for i, node in enumerate(graph.nodes):
-            values[node.output] = apply_node(node, values)
+            values[node.output] = apply_node(node, values, read=read)
             if not keep:
                 for t in node.inputs:
                     if last[t] == i and t != graph.output:

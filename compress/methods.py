@@ -65,6 +65,9 @@ def parse(text, *, field="method"):
     if (basis := bases.parse(text, field=field)) is not None:
         return Method(str(basis), basis=basis)
     kind, _, rest = text.partition(":")
+    if text == "tasder-a":
+        raise InputError("tasder-a makes no package, as no engine runs series of activations yet; `summand search "
+                         "--operand activations` reports what it would give", field=field)
     if text in ("dense", "tasder"):
         return Method(text)
     if kind not in ("nm", "tasd") or not rest:

@@ -3,6 +3,8 @@
 Source: arXiv 2403.07953, section 3 (N:M view, series). The paper gives no rule for ties; here the lowest index wins,
 and magnitudes are exact integers, so that |-128| = 128.
 """
+from math import comb
+
 import numpy as np
 
 from spec.config import Pattern
@@ -90,6 +92,61 @@ def tasd_series(values, patterns, axis=-1):
         residual[term != 0] = 0
         terms.append(term)
     return terms, residual
+
+
+def series_view(values, patterns, axis=-1):
+    """``sum(terms)`` of `tasd_series`: the elements that a series keeps, the others zero (arguments and errors alike).
+
+    Terms of one M equal the view of their summed N (greedy top-N of what is left), which is taken at once.
+    """
+    patterns = [_pattern(p) for p in patterns]
+    if len({p.m for p in patterns}) == 1:
+        return nm_view(values, Pattern(min(sum(p.n for p in patterns), patterns[0].m), patterns[0].m), axis)
+    values = np.asarray(values)
+    _, residual = tasd_series(values, patterns, axis)
+    return np.where(residual != 0, np.zeros_like(values), values)
+
+
+def expected_dropped(pattern, density):
+    """Share of the non-zeros that an N:M view drops where each element is non-zero with chance ``density`` by itself.
+
+    ``sum_k max(0, k - N) C(M, k) d**k (1 - d)**(M - k) / (M d)``; 0 at density 0. Pattern: (N, M), where N is the sum
+    of a series of one M. Raises: ValueError for an illegal pattern or a density outside 0..1.
+
+    >>> round(100 * expected_dropped((2, 8), 0.05), 2), round(100 * expected_dropped((4, 8), 0.5), 1)
+    (1.54, 13.7)
+    """
+    n, m = _pattern(pattern)
+    if not 0 <= density <= 1:
+        raise ValueError(f"density must be in 0..1, not {density!r}")
+    if density == 0:
+        return 0.0
+    return sum((k - n) * comb(m, k) * density ** k * (1 - density) ** (m - k) for k in range(n + 1, m + 1)) / \
+        (m * density)
+
+
+def pseudo_density(values, share=0.99):
+    """Smallest fraction of elements, largest magnitudes first, whose magnitudes sum to ``share`` of the total.
+
+    For tensors without zeros (arXiv 2403.07953, section 4.3; that magnitudes are summed is our reading): their sparsity
+    counts as ``1 - pseudo_density``. 0 where all are zero.
+
+    Args: values: int or float array of any shape; share: above 0, at most 1.
+    Raises: TypeError, ValueError as `nm_view`; ValueError for no elements or a share out of range.
+
+    >>> pseudo_density([8, -1, 1, 0], 0.8), pseudo_density([8, -1, 1, 0], 0.9), pseudo_density([1.0] * 4, 0.5)
+    (0.25, 0.5, 0.5)
+    """
+    values = _checked(values)
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be above 0 and at most 1, not {share!r}")
+    if not values.size:
+        raise ValueError("values must not be empty")
+    sums = np.cumsum(np.sort(_magnitude(values), axis=None)[::-1], dtype=np.float64)
+    if sums[-1] == 0:
+        return 0.0
+    # less than one part in 1e12: the rounding of the sum must not add an element
+    return (int(np.searchsorted(sums, share * sums[-1] * (1 - 1e-12))) + 1) / values.size
 
 
 def fits(values, pattern, axis=-1):

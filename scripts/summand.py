@@ -163,6 +163,7 @@ def compress(args):
             validation=args.validation,
             observer=args.observer,
             search=args.search,
+            first=args.first,
             permutation=args.permute,
             progress=progress,
         )
@@ -189,8 +190,56 @@ def compress(args):
         rows,
     )
     _tell_basis(network)
+    if network.provenance["method"].get("method") == "tasder":
+        _print_search(network.provenance["method"]["search"])
     if args.calibration is None:
         print("calibrated with seeded random data: give --calibration for real ranges")
+    return GOOD
+
+
+def _print_search(facts):
+    """Table and outcome of a search of series."""
+    table(
+        f"search: {facts['evaluations']} evaluations, series {', '.join(facts['candidates'])}",
+        ("layer", "series", "density", "dropped non-zeros", "dropped |x|", "output error", "MACs", "executed",
+         "cycles", "padded", "padded dense"),
+        [
+            (
+                row["layer"], row["method"], f"{row['density']:.3f}",
+                *(f"{row[key]:.4f}" for key in ("dropped_nonzeros", "dropped_magnitude", "output_error")),
+                *(_number(row[key]) for key in ("macs", "macs_executed", "cycles", "cycles_padded", "cycles_dense")),
+            )
+            for row in facts["table"]
+        ],
+    )
+    sums = facts["totals"]
+    print(f"MACs saved at {100 * facts['goal']:g} % of the accuracy: {100 * sums['macs_saved']:.1f} % "
+          f"({sums['macs']:,} -> {sums['macs_executed']:,}), padded cycles {100 * sums['cycles_saved']:.1f} % "
+          f"({sums['cycles_dense']:,} -> {sums['cycles_padded']:,})")
+    print(f"accuracy on {facts['split']}: float {100 * facts['reference_accuracy']:.2f} %, dense int8 "
+          f"{100 * facts['dense_accuracy']:.2f} %, series {100 * facts['accuracy']:.2f} %")
+
+
+def search(args):
+    """What a series per layer saves within a share of the accuracy: of weights, or of activations."""
+    from compress.search import report
+
+    with progress_bar() as progress:
+        facts = report.report(
+            args.model, operand=args.operand, config=args.config, calibration=args.calibration,
+            validation=args.validation, test=args.test, observer=args.observer, goal=args.goal, mode=args.search,
+            first=args.first, progress=progress,
+        )
+    _print_search(facts)
+    if args.operand == "activations":
+        shown = "none passes" if facts["alpha"] is None else f"{facts['alpha']:g}"
+        print(f"alpha {shown}; float network with these series {100 * facts['float_accuracy']:.2f} %")
+        print(facts["note"])
+    if held := facts.get("test"):
+        print(f"test: {held['samples']} samples ({held['split']}): float {100 * held['float']:.2f} %, dense int8 "
+              f"{100 * held['dense']:.2f} %, series {100 * held['series']:.2f} %")
+    if args.json:
+        write_file(args.json, json.dumps(facts, indent=1) + "\n")
     return GOOD
 
 
@@ -535,6 +584,16 @@ def _positive(text):
     return value
 
 
+def _share(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1, not {text!r}")
+    return value
+
+
 def parser():
     """The argument parser."""
     top = _Parser(
@@ -559,6 +618,8 @@ def parser():
     config = {"help": "configuration file, or a preset: " + ", ".join(configs.presets())}
     latency = {"type": _positive, "default": 16, "metavar": "CYCLES", "help": "memory latency (16)"}
     data = "data file (.npy, .npz with x and labels), or demo:SPLIT for the digits; without it seeded random data"
+
+    first = {"choices": ("dense", "search"), "default": "dense", "help": "tasder: the first convolution (dense)"}
 
     sub = command("rtl", rtl, "rtl nm256 --out build/rtl")
     sub.add_argument("config", metavar="CONFIG", **config)
@@ -585,9 +646,32 @@ def parser():
     sub.add_argument(
         "--search", choices=("layer", "network"), default="layer", help="tasder: a series per layer, or one for all"
     )
+    sub.add_argument("--first", **first)
     sub.add_argument("--permute", action="store_true", help="reorder channels to keep more magnitude")
     sub.add_argument("--out", required=True, metavar="PKG", help="package to write")
     sub.add_argument("--packed", action="store_true", help="sparse terms slot by slot, as the hardware reads them")
+
+    sub = command(
+        "search",
+        search,
+        "search models/digits.onnx --operand activations --config nm256 --calibration demo:calibration "
+        "--validation demo:validation --test demo:heldout",
+    )
+    sub.add_argument("model", metavar="MODEL", help="network file")
+    sub.add_argument("--operand", choices=("weights", "activations"), default="weights",
+                     help="what becomes series: weights (as `compress --method tasder`), or activations, for which "
+                     "there is no package yet")
+    sub.add_argument("--config", default="nm256", metavar="CONFIG", help=config["help"])
+    sub.add_argument("--calibration", metavar="F", help=data)
+    sub.add_argument("--validation", metavar="F", help="labelled data by which the search judges (calibration data)")
+    sub.add_argument("--test", metavar="F", help="labelled data on which the outcome is reported once")
+    sub.add_argument("--goal", type=_share, default=0.99, metavar="G", help="share of the accuracy to keep (0.99)")
+    sub.add_argument("--observer", choices=("minmax", "percentile", "mse"), default="minmax",
+                     help="activation ranges (minmax)")
+    sub.add_argument("--search", choices=("layer", "network"), default="layer",
+                     help="weights: a series per layer, or one for all")
+    sub.add_argument("--first", **first)
+    sub.add_argument("--json", metavar="F", help="file for the report")
 
     sub = command("run", run, "run build/digits.summand --engine golden --input demo:heldout")
     sub.add_argument("model", metavar="PKG", help="package, or ONNX file with --engine onnx")

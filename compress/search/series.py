@@ -9,6 +9,7 @@ from compress import cost, methods
 from compress.network import Convolution
 from golden.convolution import output_size
 from spec.config import Pattern
+from spec.derive import ceil_div
 from spec.errors import InputError
 
 #: Share of the original accuracy that must remain (the MLPerf rule).
@@ -72,11 +73,11 @@ def longest_prefix(count, good, *, walk=WALK):
 class Row:
     """One layer of a search's table; plain numbers.
 
-    density: sum N/M of the series, 1 for dense. macs, macs_executed: dense multiplications of one image, and times the
-    density. dropped_nonzeros, dropped_magnitude: shares of the series' operand that are in no term. output_error:
-    ``||(W - W*) X|| / ||W X||`` (weights) or ``||W (X - X*)|| / ||W X||`` (activations) on calibration data.
-    cycles: multiplications over multipliers; cycles_padded: array cycles with every padding (`compress.cost`);
-    cycles_dense: the latter of the dense layer.
+    density: sum N/M of the series, 1 for dense. macs, macs_executed: multiplications of one image, dense and of the
+    series' slots (`layer_macs`). dropped_nonzeros, dropped_magnitude: shares of the series' operand that are in no
+    term. output_error: ``||(W - W*) X|| / ||W X||`` (weights) or ``||W (X - X*)|| / ||W X||`` (activations) on
+    calibration data. cycles: executed multiplications over multipliers; cycles_padded: array cycles with every padding
+    (`compress.cost`); cycles_dense: the latter of the dense layer.
     """
 
     layer: str
@@ -96,10 +97,15 @@ class Row:
         return asdict(self)
 
 
-def layer_macs(weights, shape):
-    """Dense multiplications of one image: weights [K, R, S, C / groups], ``shape`` of the output, height first."""
+def layer_macs(weights, shape, patterns=()):
+    """Multiplications of one image: ``outputs * pixels * taps * sum over terms of N ceil(depth / M)``, at most the
+    dense ``outputs * pixels * taps * depth``.
+
+    Args: weights: [K, R, S, C / groups]; shape: of the output, height first; patterns: series, empty for dense.
+    """
     outputs, rows, columns, depth = weights.shape
-    return outputs * rows * columns * depth * shape[0] * shape[1]
+    kept = min(depth, sum(p.n * ceil_div(depth, p.m) for p in patterns)) if patterns else depth
+    return outputs * rows * columns * kept * shape[0] * shape[1]
 
 
 def weight_rows(network, config):
@@ -114,10 +120,10 @@ def weight_rows(network, config):
         patterns = tuple(t.pattern for t in layer.terms if not t.dense)
         weights = layer.terms[0].values
         node = SimpleNamespace(weights=weights, groups=layer.groups)
-        macs, density = layer_macs(weights, shape), sum(p.density for p in patterns) if patterns else 1.0
+        executed = layer_macs(weights, shape, patterns)
         rows.append(Row(
-            layer=layer.name, method=layer.format, density=density, macs=macs, macs_executed=round(macs * density),
-            cycles=cost.ideal_cycles(macs, density, config),
+            layer=layer.name, method=layer.format, density=sum(p.density for p in patterns) if patterns else 1.0,
+            macs=layer_macs(weights, shape), macs_executed=executed, cycles=cost.ideal_cycles(executed, config),
             cycles_padded=cost.layer_cycles(node, shape, patterns, config),
             cycles_dense=cost.layer_cycles(node, shape, (), config),
             **{key: layer.metrics[key] for key in ("dropped_nonzeros", "dropped_magnitude", "output_error")}))

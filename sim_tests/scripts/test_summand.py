@@ -135,6 +135,20 @@ def test_network_wise_search(capsys, tmp_path):
     status, out, _ = call(capsys, "compress", DIGITS, *arguments)
     formats = set(re.findall(r"^(?:block_a|block_b|conv2) +(\S+)", out, re.MULTILINE))
     assert status == 0 and len(formats) == 1, out
+    assert re.search(r"MACs saved at 99 % of the accuracy: [1-9]", out) and "dropped non-zeros" in out
+
+
+def test_search_of_activations(capsys, tmp_path):
+    arguments = ("--operand", "activations", "--calibration", "demo:calibration", "--validation", "demo:validation",
+                 "--test", "demo:heldout", "--json", tmp_path / "a.json")
+    status, out, _ = call(capsys, "search", DIGITS, *arguments)
+    assert status == 0 and re.search(r"MACs saved at 99 % of the accuracy: [1-9][\d.]+ %", out), out
+    assert "no engine runs series of activations yet" in out and "test: 350 samples" in out
+    assert json.loads((tmp_path / "a.json").read_text())["operand"] == "activations"
+    line = refused(capsys, "search", DIGITS, "--goal", "1.5")
+    assert "--goal: must be a number above 0 and at most 1, not '1.5'" in line
+    line = refused(capsys, "compress", DIGITS, "--method", "tasder-a", "--out", tmp_path / "p.summand")
+    assert "`summand search --operand activations`" in line
 
 
 def test_cosim_of_a_package_layer_with_random_data(capsys, package):

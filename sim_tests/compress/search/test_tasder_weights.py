@@ -122,6 +122,7 @@ def test_nothing_passes_but_dense():
 @pytest.mark.parametrize("options,text", [
     ({"goal": 0}, "goal must be above 0 and at most 1"), ({"goal": 1.5}, "goal must be above 0 and at most 1"),
     ({"goal": "x"}, "goal must be above 0"), ({"mode": "random"}, "search must be layer or network, not 'random'"),
+    ({"first": "last"}, "first must be dense or search, not 'last'"),
     ({"reference": 2.0}, "must be reachable: the dense int8 network has 1.0000, needed are 1.9800")])
 def test_refusals(options, text):
     with pytest.raises(InputError) as caught:
@@ -132,3 +133,21 @@ def test_refusals(options, text):
 def test_series_need_a_structured_engine():
     with pytest.raises(InputError, match="structured must be there for a search of series, not 'none'"):
         series.candidates(configs.load("basis288"))
+
+
+def test_first_convolution_on_request():
+    assert tasder_weights.first_convolution(QUANTIZER.graph) == NAMES[0]
+    assert NAMES[0] not in {p.layer for p in tasder_weights.choices(QUANTIZER, NM256)}
+    pairs = [p for p in tasder_weights.choices(QUANTIZER, NM256, first="search") if p.layer == NAMES[0]]
+    # at most 3 of 8 channels are there: 3:8 and all above lose nothing
+    assert pairs and {p.method.density >= 3 / 8 for p in pairs if p.dropped == 0} == {True}
+    result = tasder_weights.search(QUANTIZER, NM256, lambda network: 1.0, reference=1.0, first="search")
+    assert NAMES[0] in result.recipe.layers and result.facts["first"] == "search"
+
+
+def test_table_is_that_of_the_chosen_network():
+    result = tasder_weights.search(QUANTIZER, NM256, quality, reference=1.0, goal=0.6)
+    network = QUANTIZER.network(result.recipe)
+    assert result.rows == series.weight_rows(network, NM256)
+    assert result.facts["table"] == [r.to_dict() for r in result.rows]
+    assert result.facts["totals"] == series.totals(result.rows) and result.facts["totals"]["macs_saved"] > 0

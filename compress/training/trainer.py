@@ -229,6 +229,9 @@ class Phase:
         figures = {}
         for technique in self.techniques:
             figures |= technique.figures()
+            if hasattr(technique, "projected"):              # the accuracy of W says little about that of Proj(W)
+                with technique.projected():
+                    figures["projected_accuracy"] = accuracy(self.model, self.dataset, "validation")
         return {"rate": rate, "loss": total / seen, "train_accuracy": right / seen,
                 "validation_accuracy": accuracy(self.model, self.dataset, "validation"),
                 "seconds": seconds, "images_per_second": seen / seconds} | figures

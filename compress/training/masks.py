@@ -2,6 +2,8 @@
 import torch
 from torch.nn.utils import parametrize
 
+from compress.training import fields
+from compress.training.parametrizations import Masked
 from spec.config import Pattern
 from spec.errors import InputError
 
@@ -58,16 +60,37 @@ def _term(magnitudes, n, m):
 
 
 def check_plain(layers, kind):
-    """Raises: InputError if a layer of {name: layer} computes with a parametrised weight."""
+    """Raises: InputError if a layer of {name: layer} computes with a parametrised weight that is not a masked one."""
     for name, layer in layers.items():
         if parametrize.is_parametrized(layer, "weight"):
-            form = type(layer.parametrizations.weight[0]).__name__
-            raise InputError(f"must have a plain weight for {kind}; it has the form {form}", field=f"layers.{name}")
+            form = type(layer.parametrizations.weight[0])
+            if form is not Masked:
+                raise InputError(f"must have a plain or masked weight for {kind}; it has the form {form.__name__}",
+                                 field=f"layers.{name}")
+
+
+def release(layer):
+    """The layer's weight becomes plain: what it computes with now."""
+    if parametrize.is_parametrized(layer, "weight"):
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+
+
+def fix_mask(layer, mask):
+    """The layer keeps to ``mask``: it takes the form `parametrizations.Masked`."""
+    release(layer)
+    parametrize.register_parametrization(layer, "weight", Masked(mask=mask))
+
+
+def check_threshold(threshold, std):
+    """The numbers of the options ``threshold`` and ``std`` (None: not given). Raises: InputError if both are given."""
+    if threshold is not None and std is not None:
+        raise InputError("must not be given with threshold", field="std", value=std)
+    return (None if threshold is None else fields.number(threshold, "threshold", above=0),
+            None if std is None else fields.number(std, "std", above=0))
 
 
 @torch.no_grad()
-def fix_mask(layer, mask):
-    """The layer's weight becomes plain and zero outside ``mask``."""
-    if parametrize.is_parametrized(layer, "weight"):
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-    layer.weight.mul_(mask)
+def limit_of(weight, threshold, std):
+    """Magnitude below which weights go: ``threshold``, or ``std`` times the standard deviation of ``weight``; None if
+    neither is given."""
+    return threshold if std is None else std * float(weight.double().std(correction=0))

@@ -6,7 +6,7 @@ Forward: ``w * mask(w)``, the mask recomputed in every step. Backward, through t
     dL/dw = dL/d(w * mask) + decay * (1 - mask) * w
 
 Source: A. Zhou, Y. Ma, J. Zhu, J. Liu, Z. Zhang, K. Yuan, W. Sun, H. Li, "Learning N:M Fine-grained Structured Sparse
-Neural Networks From Scratch", ICLR 2021, section 4.2 (decay = 2e-4). Series of patterns and the freezing of the mask
+Neural Networks From Scratch", ICLR 2021 (decay = 2e-4). Series of patterns and the freezing of the mask
 are ours.
 """
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from compress.training import fields
-from compress.training.masks import check_plain, fix_mask, nm_mask, parse_series
+from compress.training.masks import check_plain, fix_mask, nm_mask, parse_series, release
 from compress.training.technique import Technique, options_of, select
 
 
@@ -70,7 +70,7 @@ class SRSTE(Technique):
         freeze_at: share of the stage's epochs after which the mask is fixed, 0..1 (1: never).
 
     A layer with fewer input channels per group than the largest M stays dense: it appears in ``dense`` and with density
-    1 in `figures`. `finish` leaves the masked weights.
+    1 in `figures`. `finish` fixes the masks (`parametrizations.Masked`).
     """
 
     def __init__(self, *, pattern="2:4", decay=2e-4, layers=None, freeze_at=1.0):
@@ -93,6 +93,7 @@ class SRSTE(Technique):
             if name not in fit:
                 self.dense.append(name)
                 continue
+            release(layer)
             form = SparseRefined(patterns=chosen[name], decay=self.decay, mask=nm_mask(layer.weight, chosen[name]))
             parametrize.register_parametrization(layer, "weight", form)
             self.sparse[name] = layer

@@ -1,59 +1,17 @@
-"""SR-STE: masks against golden, the gradient by hand, freezing, resuming."""
-import time
-
+"""SR-STE: the gradient by hand, freezing, resuming."""
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs the extra `train` (PyTorch)")
 
-from compress.training.masks import nm_mask  # noqa: E402 (they follow the skip)
+from compress.training.parametrizations import Masked  # noqa: E402 (they follow the skip)
 from compress.training.techniques import build  # noqa: E402
 from compress.training.techniques.sr_ste import SRSTE, SparseRefined  # noqa: E402
 from golden import structured  # noqa: E402
+from sim_tests.compress.training.small import images, net, steps  # noqa: E402
 from spec.errors import InputError  # noqa: E402
-from torch import nn  # noqa: E402
 
 torch.set_num_threads(1)
-
-
-def net():
-    """3 -> 8 -> 16 channels, then 4 classes."""
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
-
-
-def steps(model, technique, count, *, rate=0.1, seed=0):
-    """Plain SGD on random data with the hooks of a technique."""
-    generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.SGD(model.parameters(), lr=rate)
-    for _ in range(count):
-        x, y = torch.randn(8, 3, 6, 6, generator=generator), torch.randint(0, 4, (8,), generator=generator)
-        optimiser.zero_grad()
-        (nn.functional.cross_entropy(model(x), y) + technique.penalty()).backward()
-        technique.after_backward()
-        optimiser.step()
-        technique.after_step()
-
-
-@pytest.mark.parametrize("patterns", [[(2, 4)], [(1, 4)], [(4, 8)], [(4, 8), (1, 8)], [(2, 4), (1, 8)], [(3, 16)],
-                                      [(1, 1)], [(1, 3)], [(9, 32), (2, 16)]])
-@pytest.mark.parametrize("shape", [(3, 32, 3, 3), (2, 20, 1, 2), (5, 48)])
-def test_mask_is_the_greedy_series_of_golden(patterns, shape, rng):
-    w = rng.normal(size=shape).astype(np.float32)
-    terms, _ = structured.tasd_series(w, patterns, axis=1)
-    mask = nm_mask(torch.from_numpy(w), patterns).numpy()
-    np.testing.assert_array_equal(mask, sum(terms) != 0)
-    channels_last = torch.from_numpy(np.moveaxis(np.ascontiguousarray(np.moveaxis(w, 1, -1)), -1, 1))
-    np.testing.assert_array_equal(nm_mask(channels_last, patterns).numpy(), mask)
-
-
-@pytest.mark.parametrize("pattern", [(2, 4), (3, 16)])
-def test_lowest_channel_wins_ties(pattern, rng):
-    w = rng.integers(-2, 3, size=(4, 32, 3, 3)).astype(np.float32)
-    mask = nm_mask(torch.from_numpy(w), [pattern]).numpy()
-    np.testing.assert_array_equal(w * mask, structured.nm_view(w, pattern, axis=1))
-    assert (mask.reshape(4, -1, pattern[1], 9).sum(2) == pattern[0]).all()           # zeros take places too
 
 
 def test_gradient_by_hand():
@@ -78,10 +36,11 @@ def test_trains_and_leaves_masked_weights():
     figures = technique.figures()
     assert figures["0/density"] == 1.0 and figures["density"] == figures["2/density"] == figures["6/density"] == 0.5
     assert 0 < figures["mask_changed"] < 0.2
-    x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(9))
+    x = images()
     before = model(x)
     technique.finish()
     torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+    assert type(model[2].parametrizations.weight[0]) is Masked
     w = model[2].weight.detach().numpy()
     assert structured.fits(w, (2, 4), axis=1) and np.count_nonzero(w) == w.size // 2
 
@@ -123,13 +82,5 @@ def test_bad_options():
         SRSTE(freeze_at="2")
     model = net()
     SRSTE().start(model)
-    with pytest.raises(InputError, match="layers.2 must have a plain weight for sr_ste; it has the form SparseRefined"):
+    with pytest.raises(InputError, match="layers.2 must have a plain or masked weight for sr_ste; .* SparseRefined"):
         SRSTE().start(model)
-
-
-def test_masks_of_a_large_layer_are_fast():
-    w = torch.randn(512, 512, 3, 3, generator=torch.Generator().manual_seed(1))
-    nm_mask(w[:8], [(2, 4)])
-    start = time.perf_counter()
-    nm_mask(w, [(2, 4)])
-    assert time.perf_counter() - start < 2                          # about .03 s; a full sort takes ten times as long

@@ -243,6 +243,42 @@ def search(args):
     return GOOD
 
 
+def masks(args):
+    """A series per layer for pruning masks of a real network (real masks, synthetic values)."""
+    from compress import dlmc
+    from compress.search import masks as search_masks
+
+    with progress_bar() as progress:
+        facts = search_masks.report(dlmc.load(args.masks), args.config, bound=args.bound, first=args.first,
+                                    seed=args.seed, progress=progress)
+    keys = ("dropped_nonzeros", "dropped_uniform", "dropped_magnitude")
+    head = ("dropped", "independent", "dropped |w|")
+    table(
+        f"{args.masks} on {facts['config']}: {facts['note']}; at most {100 * args.bound:g} % of the non-zeros dropped",
+        ("layer", "shape", "density", "series", *head, "cycles", "dense"),
+        [
+            (
+                row["layer"], "x".join(map(str, row["shape"])), f"{row['density']:.3f}", row["method"],
+                *(f"{row[key]:.4f}" for key in keys), _number(row["cycles_padded"]), _number(row["cycles_dense"]),
+            )
+            for row in facts["layers"]
+        ],
+    )
+    table(
+        f"one series for all layers: {facts['note']}",
+        ("series", "density", *head),
+        [(row["method"], f"{row['pattern_density']:.3f}", *(f"{row[key]:.5f}" for key in keys))
+         for row in facts["networks"]],
+    )
+    sums = facts["totals"]
+    print(f"{len(facts['layers'])} layers, density {sums['density']:.3f}: MACs saved {100 * sums['macs_saved']:.1f} % "
+          f"({sums['macs']:,} -> {sums['macs_executed']:,}), padded cycles {100 * sums['cycles_saved']:.1f} %; "
+          f"{facts['note']}, accuracy unknown")
+    if args.json:
+        write_file(args.json, json.dumps(facts, indent=1) + "\n")
+    return GOOD
+
+
 def _tell_basis(network):
     """What basis layers cost, in plain words."""
     from compress.network import BasisConvolution
@@ -671,6 +707,15 @@ def parser():
     sub.add_argument("--search", choices=("layer", "network"), default="layer",
                      help="weights: a series per layer, or one for all")
     sub.add_argument("--first", **first)
+    sub.add_argument("--json", metavar="F", help="file for the report")
+
+    sub = command("masks", masks, "masks rn50_magnitude_0.9.tar.xz --config nm256 --json build/masks.json")
+    sub.add_argument("masks", metavar="MASKS", help="folder or tar archive of .smtx files")
+    sub.add_argument("--config", default="nm256", metavar="CONFIG", help=config["help"])
+    sub.add_argument("--bound", type=_share, default=0.01, metavar="P",
+                     help="share of its non-zeros that a layer may lose (0.01)")
+    sub.add_argument("--first", **first)
+    sub.add_argument("--seed", type=_positive, default=1, metavar="N", help="seed of the synthetic values (1)")
     sub.add_argument("--json", metavar="F", help="file for the report")
 
     sub = command("run", run, "run build/digits.summand --engine golden --input demo:heldout")

@@ -151,6 +151,14 @@ def test_search_of_activations(capsys, tmp_path):
     assert "`summand search --operand activations`" in line
 
 
+def test_masks(capsys, tmp_path):
+    (tmp_path / "final_dense.smtx").write_text("2, 16, 3\n0 2 3\n0 9 4\n", encoding="utf-8")
+    status, out, _ = call(capsys, "masks", tmp_path, "--json", tmp_path / "m.json")
+    assert status == 0 and out.count("real masks, synthetic values") == 3 and "2x1x1x16" in out, out
+    assert json.loads((tmp_path / "m.json").read_text())["layers"][0]["dropped_nonzeros"] == 0
+    assert f"{tmp_path / 'gone'}: must be a folder or a tar archive" in refused(capsys, "masks", tmp_path / "gone")
+
+
 def test_cosim_of_a_package_layer_with_random_data(capsys, package):
     status, out, _ = call(capsys, "cosim", package, "--config", "tiny", "--layer", "conv2", "--layer", "pool")
     assert status == 0 and "not real data" in out and "block_a" not in out

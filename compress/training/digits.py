@@ -12,14 +12,12 @@ from pathlib import Path
 import platform
 import time
 
-import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
 import torch
 from torch import nn
 from torch.nn import functional
 
 from compress import demo
+from compress.training import export
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 
@@ -62,6 +60,8 @@ class Digits(nn.Module):
 
     Most multiplications lie in the block at full size, as they lie in the large maps of larger networks.
     """
+
+    input_shape = (1, 8, 8)
 
     def __init__(self):
         super().__init__()
@@ -136,43 +136,6 @@ def accuracy(model, split):
     return float((model(torch.from_numpy(x)).argmax(1).numpy() == labels).mean())
 
 
-def to_onnx(model):
-    """The dense network as an ONNX model, batch normalisation kept as operators."""
-    nodes, weights = [], []
-
-    def constant(name, tensor):
-        weights.append(numpy_helper.from_array(np.ascontiguousarray(tensor.detach().numpy(), np.float32), name))
-        return name
-
-    def node(operator, name, *inputs, **attributes):
-        nodes.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
-        return name
-
-    def stage(name, x):
-        conv, norm = getattr(model, name), getattr(model, f"{name}_bn")
-        x = node("Conv", name, x, constant(f"{name}.weight", conv.weight), kernel_shape=[3, 3],
-                 strides=list(conv.stride), pads=[1, 1, 1, 1])
-        return node("BatchNormalization", f"{name}_bn", x, constant(f"{name}_bn.weight", norm.weight),
-                    constant(f"{name}_bn.bias", norm.bias), constant(f"{name}_bn.mean", norm.running_mean),
-                    constant(f"{name}_bn.var", norm.running_var), epsilon=norm.eps)
-
-    x = node("Relu", "conv1_relu", stage("conv1", "image"))
-    y = node("Relu", "block_a_relu", stage("block_a", x))
-    x = node("Relu", "block_relu", node("Add", "block_sum", stage("block_b", y), x))
-    x = node("Relu", "conv2_relu", stage("conv2", x))
-    x = node("MaxPool", "pool", x, kernel_shape=[2, 2], strides=[2, 2])
-    x = node("Flatten", "flatten", node("GlobalAveragePool", "average", x), axis=1)
-    node("Gemm", "fc", x, constant("fc.weight", model.fc.weight), constant("fc.bias", model.fc.bias), transB=1)
-    nodes[-1].output[0] = "logits"
-    graph = helper.make_graph(
-        nodes, "digits", [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 1, 8, 8])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 10])], weights)
-    result = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8,
-                               producer_name="summand compress.training.digits")
-    onnx.checker.check_model(result, full_check=True)
-    return result
-
-
 def main(arguments=None):
     """Command line: ``--out`` folder, ``--seed``, ``--epochs`` of the dense stage, ``--sparse-epochs``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -197,7 +160,7 @@ def main(arguments=None):
     stages["both_stages_2_4_view"] = accuracy(model, "validation")
     set_sparse(model, False)
     options.out.mkdir(parents=True, exist_ok=True)
-    data = to_onnx(model).SerializeToString()
+    data = export.to_onnx(model, name="digits").SerializeToString()
     (options.out / "digits.onnx").write_bytes(data)
     facts = {
         "command": f"python -m compress.training.digits --seed {options.seed} --epochs {options.epochs} "

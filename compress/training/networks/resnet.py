@@ -77,24 +77,25 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """Four stages of two `BasicBlock`, widths 64 to 512. Parameter names are those of torchvision's ``resnet18``.
+    """Four stages of two `BasicBlock`, of ``width`` to 8 ``width`` channels. Parameter names are those of torchvision's ``resnet18``.
 
     ``small``: for 32x32 images, a 3x3 convolution of stride 1 without max pooling at the start; otherwise the paper's
     (table 1) 7x7 convolution of stride 2 and 3x3 max pooling, for 224x224.
     """
 
-    def __init__(self, *, classes=1000, small=False):
+    def __init__(self, *, classes=1000, small=False, width=64):
         super().__init__()
         self.small, self.input_shape = small, (3, 32, 32) if small else (3, 224, 224)
-        self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False) if small else \
-            nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        width = 64
-        for stage, outputs in enumerate((64, 128, 256, 512), 1):
-            first = BasicBlock(width, outputs, 1 if outputs == width else 2)
-            setattr(self, f"layer{stage}", nn.Sequential(first, BasicBlock(outputs, outputs, 1)))
-            width = outputs
-        self.fc = nn.Linear(width, classes)
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False) if small else \
+            nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        inputs = width
+        for stage in range(4):
+            outputs = width << stage
+            first = BasicBlock(inputs, outputs, 2 if stage else 1)
+            setattr(self, f"layer{stage + 1}", nn.Sequential(first, BasicBlock(outputs, outputs, 1)))
+            inputs = outputs
+        self.fc = nn.Linear(inputs, classes)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")

@@ -35,6 +35,7 @@ import numpy as np
 from golden import basis as golden
 from golden import structured
 from golden.chain import quantize_rows
+from golden.coefficients import cheapest_series, series_words
 from golden.convolution import accumulate
 from spec.config import BasisConfig, Config, IntSpec, MemoryConfig, BusConfig, Pattern
 from spec.derive import Sizes, ceil_div
@@ -479,25 +480,6 @@ def positions(coefficients, sizes):
     return out.reshape(k, -1, channels, m)
 
 
-def series_terms(most, groups, sizes):
-    """N of the terms of a series that holds ``most`` non-zeros per group in the fewest stream words, largest first.
-
-    Powers of two up to the lanes, at most four terms; ties take the fewest terms, then the least sum.
-    """
-    lanes = sizes.config.basis.lanes
-    powers = [1 << i for i in range(lanes.bit_length()) if 1 << i <= lanes]
-    found = {0: [()]}
-    for length in range(1, 5):
-        found[length] = [(*f, p) for f in found[length - 1] for p in powers if not f or p <= f[-1]]
-    options = [f for length in range(1, 5) for f in found[length] if sum(f) >= most]
-    return min(options, key=lambda f: (series_words(f, groups, sizes), len(f), sum(f)))
-
-
-def series_words(terms, groups, sizes):
-    """Stream words of a series: ``sum over terms of ceil(groups / series_fetch(N))``."""
-    return sum(ceil_div(groups, sizes.series_fetch(n)) for n in terms)
-
-
 def storage(basis, coefficients, sizes):
     """Bits of a basis layer in our formats (docs/basis.md) and in theory, each with 8 bits per basis element; scales
     lie in the requantiser.
@@ -513,7 +495,7 @@ def storage(basis, coefficients, sizes):
     parts = [slice(at, at + engine.slices) for at in range(0, m, engine.slices)]
     tiles = ceil_div(k, engine.blocks)
     used = np.count_nonzero(placed, axis=2)                                    # [K, groups, M]
-    words = series_words(series_terms(int(used.max()), groups, sizes), groups, sizes)
+    words = series_words(groups, cheapest_series(int(used.max()), groups, sizes.config), sizes.config)
     maps = 0
     for part in parts:
         mine = used[..., part]

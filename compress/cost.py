@@ -6,6 +6,7 @@ own model). Basis engine: docs/basis.md, "Cycles", for whole layers cut into str
 import numpy as np
 
 from compress import basis as bases
+from golden.coefficients import cheapest_series, series_words
 from spec.config import Config
 from spec.derive import Sizes, ceil_div
 from spec.errors import InputError
@@ -167,7 +168,7 @@ def basis_cycles(node, source, shape, coefficients, config, *, active=1.0):
         for tile in range(0, len(used), engine.blocks):
             mine = used[tile:tile + engine.blocks, :, part:part + engine.slices]
             if engine.coefficients == "series":
-                words = bases.series_words(bases.series_terms(int(used.max()), groups, sizes), groups, sizes)
+                words = series_words(groups, cheapest_series(int(used.max()), groups, config), config)
             else:
                 starts = np.arange(0, groups, engine.stream_groups)
                 work = np.add.reduceat(mine, starts, axis=1).max(axis=(0, 2))

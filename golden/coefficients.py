@@ -6,6 +6,9 @@ groups of ``group`` positions; slice m of block b has number ``b * slices + m``.
 The examples use ``tiny_basis`` (4 blocks x 2 slices x 3 multipliers, groups of 4, series) and ``tiny_maps`` (3 blocks x
 2 slices x 2 multipliers, groups of 4 bytes, maps, 2 groups in a stream word); both have beats of 8 bytes.
 """
+from functools import lru_cache
+from itertools import combinations_with_replacement
+
 import numpy as np
 
 from golden._check import integers
@@ -37,6 +40,26 @@ def series_words(groups, terms, config):
         raise ValueError(f"groups must be at least 1, not {groups}")
     sizes = Sizes(config)
     return sum(ceil_div(int(groups), sizes.series_fetch(n)) for n in _check_terms(terms, config))
+
+
+@lru_cache(maxsize=4096)
+def cheapest_series(needed, groups, config):
+    """Terms N of the series with the fewest stream words that holds ``needed`` non-zeros per group; fewest terms next,
+    then the least sum.
+
+    Args: needed: 0..group; groups: channel groups. Returns: tuple, largest N first. Raises: ValueError beyond a group.
+
+    >>> from spec.config import load
+    >>> cheapest_series(3, 16, load("basis288")), cheapest_series(3, 4, load("basis288"))
+    ((2, 1), (4,))
+    """
+    if not 0 <= needed <= config.basis.group:
+        raise ValueError(f"needed must be in 0..{config.basis.group}, not {needed}")
+    choices = [1 << k for k in range(config.basis.group.bit_length())]
+    fitting = (terms for count in range(1, SERIES_TERMS + 1) for terms in combinations_with_replacement(choices, count)
+               if sum(terms) >= needed)
+    return min((tuple(sorted(t, reverse=True)) for t in fitting),
+               key=lambda t: (series_words(groups, t, config), len(t), sum(t)))
 
 
 def map_words(groups, config):

@@ -11,20 +11,18 @@ Groups, blocks and channels are those of docs/basis.md: channel c has position `
 ``c // group_channels``.
 """
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from itertools import combinations_with_replacement
 
 import numpy as np
 
 from compress.network import Add, BasisConvolution, Convolution, Pool
-from golden.coefficients import (map_words, pack_maps, pack_series, pack_taps, series_words, taps_of_basis,
-                                 taps_of_kernels, taps_of_pointwise)
+from golden.coefficients import (cheapest_series, map_words, pack_maps, pack_series, pack_taps, series_words,
+                                 taps_of_basis, taps_of_kernels, taps_of_pointwise)
 from lowering.job import bundles_of, check_shape, common_fields
 from lowering.layout import Placement
 from spec.config import IntSpec
 from spec.derive import BIAS, ceil_div
 from spec.errors import InputError
-from spec.isa import MAX_KERNEL_ROWS, SERIES_TERMS, Mode, Operation
+from spec.isa import MAX_KERNEL_ROWS, Mode, Operation
 
 #: Largest values of instruction fields.
 MAX_STRIDE, MAX_DILATION, MAX_PAD, MAX_GROUPS = 8, 7, 15, 255
@@ -182,19 +180,6 @@ def _largest_value(zero_point):
 
 
 # -- decomposed --------------------------------------------------------------------------------------------------------
-@lru_cache(maxsize=4096)
-def cheapest_series(needed, groups, config):
-    """Terms N of the series with the fewest stream words that holds ``needed`` non-zeros per group; fewest terms next.
-
-    Args: needed: 0..group; groups: channel groups. Returns: tuple, largest N first.
-    """
-    choices = [1 << k for k in range(config.basis.group.bit_length())]
-    fitting = (terms for count in range(1, SERIES_TERMS + 1) for terms in combinations_with_replacement(choices, count)
-               if sum(terms) >= needed)
-    return min((tuple(sorted(t, reverse=True)) for t in fitting),
-               key=lambda t: (series_words(groups, t, config), len(t), sum(t)))
-
-
 def _decomposed(layer, sizes, common, batch):
     b, where = sizes.config.basis, f"layer {layer.name}"
     source, target = common["input"], common["output"]

@@ -80,7 +80,8 @@ def report(masks, config, *, bound=BOUND, first="dense", seed=0, progress=None):
     Args:
         masks: iterable of `compress.dlmc.Mask`; config: Config, preset name or file.
         bound: share of its non-zeros that a layer may lose, 0..1. first: ``dense``, or ``search`` to let layers with
-            fewer than M input channels take a series too. seed: of the values. progress: called with (step, None, layer).
+            fewer than M input channels take a series too. seed: of the values.
+        progress: called with (step, None, layer).
     Returns: dict of plain values: note, bound, seed; ``layers``: per layer shape, density, method, pattern_density,
     dropped_nonzeros, dropped_uniform, dropped_magnitude, macs, macs_executed, cycles_padded, cycles_dense;
     ``networks``: per series dropped_nonzeros, dropped_uniform and dropped_magnitude if all layers but those too narrow

@@ -11,8 +11,7 @@ import numpy as np
 
 from compress.network import BasisConvolution, Convolution, Network, Requantization, Tensor, Term
 from golden.basis import encoded_bits
-from golden.coefficients import pack_maps, pack_series
-from lowering.basis import cheapest_series
+from golden.coefficients import cheapest_series, pack_maps, pack_series
 from sim_tests.bench.cosim import cosimulate
 from spec import config as configs
 from spec.config import Pattern

@@ -533,21 +533,13 @@ def test_our_encoding_has_the_bits_of_the_real_one(rng, preset, density, shape):
         assert held["maps"] == 8 * want + 72 * shape[2]
     else:
         most = max(int(np.count_nonzero(t, axis=3).max()) for t in tiles(ce, config))
-        terms = basis.series_terms(most, -(-shape[1] // sizes.group_channels), sizes)
-        if basis.series_words(terms, -(-shape[1] // sizes.group_channels), sizes) <= config.basis.coefficient_rows:
+        groups = -(-shape[1] // sizes.group_channels)
+        terms = formats.cheapest_series(most, groups, config)
+        if formats.series_words(groups, terms, config) <= config.basis.coefficient_rows:
             want = sum(len(formats.pack_series(t, config, terms)) for t in tiles(ce, config))
             assert held["series"] == 8 * want + 72 * shape[2]
     assert held["values"] == 2 * np.count_nonzero(ce) + 72 * shape[2] <= held["maps"]
     assert held["entropy"] <= 2 * ce.size + 72 * shape[2]
-
-
-def test_series_terms_take_the_fewest_words():
-    sizes = Sizes(load("basis288"))                        # fetch(N) = 16 / N groups
-    few = [basis.series_terms(n, 1, sizes) for n in (0, 1, 2, 3, 4, 5, 16)]
-    assert few == [(1,), (1,), (2,), (4,), (4,), (8,), (16,)]
-    assert basis.series_terms(3, 16, sizes) == (2, 1) and basis.series_words((2, 1), 16, sizes) == 3
-    assert basis.series_terms(15, 32, sizes) == (8, 4, 2, 1)
-    assert basis.series_terms(4, 3, Sizes(load("tiny_basis"))) == (4,)
 
 
 def test_compression_of_three_accountings(rng):

@@ -5,8 +5,9 @@ import time
 import numpy as np
 import pytest
 
-from golden.coefficients import (map_words, pack_maps, pack_series, pack_taps, series_words, taps_of_basis,
-                                 taps_of_kernels, taps_of_pointwise, unpack_maps, unpack_series, unpack_taps)
+from golden.coefficients import (cheapest_series, map_words, pack_maps, pack_series, pack_taps, series_words,
+                                 taps_of_basis, taps_of_kernels, taps_of_pointwise, unpack_maps, unpack_series,
+                                 unpack_taps)
 from spec.config import load
 from spec.derive import Sizes
 
@@ -199,6 +200,22 @@ def test_words():
     for call in (lambda: series_words(0, [1], full), lambda: map_words(0, full)):
         with pytest.raises(ValueError, match="groups must be at least 1, not 0"):
             call()
+
+
+@pytest.mark.parametrize("needed, groups, terms", [
+    (0, 16, (1,)), (1, 16, (1,)), (3, 16, (2, 1)), (3, 4, (4,)), (2, 8, (2,)), (5, 8, (4, 1)), (16, 3, (16,)),
+    (7, 16, (4, 2, 1)), (11, 16, (8, 2, 1)), (0, 1, (1,)), (2, 1, (2,)), (3, 1, (4,)), (5, 1, (8,)),
+    (15, 32, (8, 4, 2, 1))])
+def test_cheapest_series(needed, groups, terms):
+    """Fewest stream words, then fewest terms: at 16 groups 2:16 + 1:16 take 3 words, 4:16 takes 4."""
+    assert cheapest_series(needed, groups, load("basis288")) == terms
+
+
+def test_cheapest_series_of_small_groups():
+    assert cheapest_series(4, 3, SERIES) == (4,)
+    for needed in (-1, 5):
+        with pytest.raises(ValueError, match=f"needed must be in 0..4, not {needed}"):
+            cheapest_series(needed, 3, SERIES)
 
 
 def flipped(data, bit):

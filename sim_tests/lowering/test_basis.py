@@ -7,7 +7,7 @@ import pytest
 from compress.network import Layer, Term
 from golden.coefficients import unpack_maps, unpack_series, unpack_taps
 from lowering import lower
-from lowering.basis import cheapest_series, make_basis_job, needs_border, uses_basis
+from lowering.basis import make_basis_job, needs_border, uses_basis
 from lowering.job import pack_parameters, planes_of
 from lowering.layout import Placement
 from sim_tests.lowering.networks import add, basis_convolution, convolution, network, pool, tensor
@@ -45,14 +45,6 @@ def test_which_engine(rng):
     assert [uses_basis(dense, c) for c in (TINY, B252)] == [False, True]
     with pytest.raises(InputError, match="layer basis must run on a configuration with a basis engine, not tiny"):
         uses_basis(basis, load("tiny"))
-
-
-@pytest.mark.parametrize("needed, groups, terms", [
-    (0, 16, (1,)), (1, 16, (1,)), (3, 16, (2, 1)), (3, 4, (4,)), (2, 8, (2,)), (5, 8, (4, 1)), (16, 3, (16,)),
-    (7, 16, (4, 2, 1)), (11, 16, (8, 2, 1))])
-def test_cheapest_series(needed, groups, terms):
-    """Fewest stream words, then fewest terms: at 16 groups 2:16 + 1:16 take 3 words, 4:16 takes 4."""
-    assert cheapest_series(needed, groups, B288) == terms
 
 
 @pytest.mark.parametrize("config", [B252, MAPS], ids=lambda c: c.name)

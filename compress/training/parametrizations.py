@@ -93,18 +93,18 @@ def materialize(model):
     """A copy of ``model`` without parametrisations: weights are plain, and a layer whose weight has a form with
     ``chain`` is a `Chain`. The model itself does not change. Names stay except in chains (``name.1.weight``).
     """
-    model, made = copy.deepcopy(model), {}
+    made = {}                                                # module -> what takes its place, also under other names
 
     def plain(module):
-        if id(module) not in made:
-            made[id(module)] = result = _plain(module)
-            for name, child in result._modules.items():
-                if child is not None:
-                    result._modules[name] = plain(child)
-            made[id(result)] = result
-        return made[id(module)]
+        if module not in made:
+            made[module] = result = _plain(module)
+            if result is module:
+                for name, child in module._modules.items():
+                    if child is not None:
+                        module._modules[name] = plain(child)
+        return made[module]
 
-    return plain(model)
+    return plain(copy.deepcopy(model))
 
 
 @torch.no_grad()
@@ -273,3 +273,24 @@ class Masked(nn.Module):
 
     def forward(self, weight):
         return weight * self.mask
+
+
+class Unified(nn.Module):
+    """``sign * magnitude``, one magnitude for each ``block`` of consecutive input channels of a tap; signs are fixed.
+
+    Originals: magnitudes [O, ceil(I / block), R, S], of a matrix [O, ceil(I / block)].
+    Args: negative: bool, shape of the weight (a buffer); block: weights that share a magnitude.
+    """
+
+    def __init__(self, *, negative, block):
+        super().__init__()
+        self.block = block
+        self.register_buffer("sign", 1.0 - 2.0 * negative.detach().float())
+
+    def right_inverse(self, weight):
+        """Means of the magnitudes: the least squares for these signs."""
+        ends = (weight * self.sign).split(self.block, dim=1)
+        return torch.stack([part.mean(dim=1) for part in ends], dim=1)
+
+    def forward(self, magnitudes):
+        return magnitudes.repeat_interleave(self.block, dim=1)[:, :self.sign.shape[1]] * self.sign

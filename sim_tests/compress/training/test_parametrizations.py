@@ -229,3 +229,13 @@ def test_refuses():
              "layers.a must be padded with zeros, not 'reflect'")]:
         with pytest.raises(InputError, match=text):
             call()
+
+
+def test_materialize_keeps_many_layers_apart():
+    """Modules that are dropped on the way must not lend their identity to new ones."""
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(60)))
+    for layer in model:
+        parametrize.register_parametrization(layer, "weight", LowRank(shape=(8, 8), rank=2))
+    plain = materialize(model)
+    assert [[type(m) for m in chain] for chain in plain] == [[nn.Linear] * 2] * 60
+    assert len({id(m) for m in plain.modules()}) == 1 + 3 * 60

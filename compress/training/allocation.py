@@ -22,6 +22,8 @@ import numpy as np
 MOST = 0.95
 #: Weight of the look ahead, and share of the units that go in one step of `compress`.
 LOOK_AHEAD, STEP = 0.9, 0.01
+#: Singular values below this share of the largest are zeros.
+ZERO = 1e-10
 #: What the slopes of a layer are compared per.
 EQUAL = ("share", "mac")
 
@@ -149,8 +151,8 @@ def unit_metrics(weight, gradient, now, alive, *, look_ahead=LOOK_AHEAD):
     without values that are zero.
     """
     u, s, vt = _svd(now)
-    left = s > s[0] * 1e-10 if s[0] > 0 else np.zeros(len(s), bool)
-    u, s, vt = u[:, left], s[left], vt[left]
+    rank = max(1, int((s > s[0] * ZERO).sum()))
+    u, s, vt = u[:, :rank], s[:rank], vt[:rank]
     squares = np.square(gradient)
     rest = max(1, len(alive) + len(s) - 1)
 
@@ -194,7 +196,8 @@ def compress(weight, gradient, target, *, look_ahead=LOOK_AHEAD):
     if not 0 <= target <= most_of(shape):
         raise ValueError(f"Target must be in 0..{most_of(shape):.3f}, not {target!r}")
     allowed = (1 - target) * weight.size * (1 + 1e-12)
-    now, alive, rank = weight.copy(), np.arange(shape[1]), min(len(weight), weight[0].size)
+    now, alive = weight.copy(), np.arange(shape[1])
+    rank = len(unit_metrics(weight, gradient, now, alive)[1])
     count = at_once(len(alive) + rank)
 
     def done(channels, rank):

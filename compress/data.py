@@ -126,17 +126,18 @@ def normalize(images, statistics):
     return (images.astype(np.float32) / np.float32(255) - mean) / deviation
 
 
-def load_source(text):
+def load_source(text, *, raw=False):
     """``KIND:PATH[:SPLIT]`` (split ``test`` unless given), normalised by `STATISTICS`.
 
-    Returns: ({"x": float32 [N, C, H, W], "labels": int64 [N]}, where the data came from). Raises: InputError.
+    Returns: ({"x": float32 [N, C, H, W], or with ``raw`` uint8 [N, H, W, C] as stored, "labels": int64 [N]}, where the
+    data came from). Raises: InputError.
     """
     kind, _, rest = str(text).partition(":")
     path, _, split = rest.rpartition(":")
     if split not in SPLITS:
         path, split = rest, "test"
     images, labels = load(kind, path, split)
-    x = normalize(images, STATISTICS[kind]).transpose(0, 3, 1, 2)
+    x = images if raw else normalize(images, STATISTICS[kind]).transpose(0, 3, 1, 2)
     return {"x": x, "labels": labels}, f"{kind} {split} ({Path(path).name})"
 
 

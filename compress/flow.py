@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from compress import arrays, demo, engine, factorize, methods, onnx_import, permute
+from compress import arrays, demo, engine, factorize, methods, onnx_import, package, permute, tflite_import
+from compress import data as datasets
 from compress import graph as graphs
-from compress.network import BasisConvolution
+from compress.network import BasisConvolution, Network
 from compress.quantize import Calibration, Quantizer, random_calibration
 from compress.search import mix, tasder_weights
 from spec import config as configs
@@ -16,30 +17,62 @@ from spec.errors import InputError
 MAX_SAMPLES = 512
 
 
-def load_samples(source, graph, *, limit=None):
-    """Data for ``graph``.
+#: Suffixes of the network files that can be imported.
+IMPORTED = (".onnx", ".tflite")
+
+
+def load_graph(path):
+    """Graph of a network file: ONNX, or int8 TFLite (suffix .tflite). Raises: InputError."""
+    return (tflite_import if Path(path).suffix == ".tflite" else onnx_import).load(path)
+
+
+def load_network(path):
+    """Network of a package, or of an int8 TFLite file, which is quantised already. Raises: InputError."""
+    return compress_model(path) if Path(path).suffix == ".tflite" else package.load(path)
+
+
+def _input_format(net):
+    """(shape, layout, (scale, zero point) of the int8 input if the source file chose them) of a graph or network."""
+    if isinstance(net, Network):
+        tensor, facts = net.tensors[net.input], net.provenance
+        own = (tensor.scale, tensor.zero_point) if facts.get("scales") == "of the file" else None
+        return tensor.shape, facts.get("layout"), own
+    return net.shapes[net.input], net.layout, net.integers and net.integers.tensors[net.input]
+
+
+def load_samples(source, net, *, limit=None):
+    """Data for a graph or network.
+
+    Networks from int8 TFLite files take their input tensor's own integers too: int8 data ``q`` stand for ``scale * (q -
+    zero_point)``, uint8 data for the same of ``q - 128``.
 
     Args:
         source: path of a .npy (``x``) or .npz (``x``, optionally ``labels``) file in the network file's own layout
-            ([N, C, H, W] or [N, features]); ``demo:calibration``, ``demo:validation``, ``demo:heldout`` for the demo
-            data; or None for seeded random data.
+            (ONNX: [N, C, H, W] or [N, features]; TFLite: [N, H, W, C] or flattened); ``demo:calibration``,
+            ``demo:validation``, ``demo:heldout`` for the demo data; ``KIND:PATH[:SPLIT]`` for a data set
+            (`compress.data.load_source`; as uint8 pixels for TFLite); or None for seeded random data.
         limit: most samples taken (the first ones).
     Returns: (x float32 [N, H, W, C], labels int64 [N] or None, where the data came from).
     Raises: InputError.
     """
-    shape = graph.shapes[graph.input]
+    shape, layout, own = _input_format(net)
     if source is None:
-        random = random_calibration(shape)
+        random = random_calibration(shape, limits=own and [own[0] * (q - own[1]) for q in (-128, 127)])
         return random.x[:limit], None, random.source
     if str(source).startswith("demo:"):
         split = str(source).removeprefix("demo:")
         x, labels = demo.digits(split)
         data, name = {"x": x, "labels": labels}, f"scikit-learn digits, split {split}"
+    elif datasets.is_source(source):
+        data, name = datasets.load_source(source, raw=own is not None)
     else:
         data, name = arrays.load_data(source), Path(source).name
     try:
         with np.errstate(over="ignore"):
-            x = graphs.to_nhwc(data["x"], shape).astype(np.float32)
+            x = graphs.to_nhwc(data["x"], shape, layout)
+            if own and x.dtype in (np.int8, np.uint8):
+                x = own[0] * (x.astype(np.int16) - (128 if x.dtype == np.uint8 else 0) - own[1])
+            x = x.astype(np.float32)
         labels = data.get("labels")
         if labels is not None:
             if labels.dtype.kind not in "iu" or labels.shape != (len(x),):
@@ -58,7 +91,8 @@ def compress_model(model, method="dense", *, config=None, calibration=None, vali
     """Compress a network file.
 
     Args:
-        model: path of the ONNX file.
+        model: path of the ONNX or int8 TFLite file. The latter's scales, zero points, biases and int8 weights stay; the
+            method is applied to these weights.
         method: method string, recipe file (.yaml), `methods.Recipe`; ``tasder`` searches per layer; ``svd:F``,
             ``tucker:F`` and ``tt:F`` replace layers by low-rank chains first (`compress.factorize`); ``basis:M`` and
             the like make basis layers (`compress.basis`), ``basis-mix`` chooses per layer (`compress.search.mix`).
@@ -77,7 +111,7 @@ def compress_model(model, method="dense", *, config=None, calibration=None, vali
     """
     chains = factorize.parse(method)
     plan = methods.recipe("dense" if chains else method)
-    graph = onnx_import.load(model)
+    graph = load_graph(model)
     x, labels, source = load_samples(calibration, graph, limit=MAX_SAMPLES)
     plan.check([n.name for n in graph.convolutions])
     if plan.default.searched and config is None:
@@ -85,6 +119,9 @@ def compress_model(model, method="dense", *, config=None, calibration=None, vali
                          "tasder needs a configuration: its patterns are the candidates", field="method")
     settings = config if config is None or isinstance(config, configs.Config) else configs.load(config)
     provenance = {"source": Path(model).name, "data_is_random": calibration is None}
+    if graph.integers is not None and (chains or permutation):
+        raise InputError("must not be factorised or permuted: the integers of a TFLite file are kept",
+                         field="method" if chains else "permutation", value=str(method) if chains else True)
     if chains:
         graph, provenance["factorization"] = factorize.factorize(graph, chains, x, progress=progress)
     if permutation and plan.default.basis is not None:

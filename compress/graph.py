@@ -4,6 +4,7 @@ A fully connected layer is a convolution whose kernel covers its input; batch no
 a residual operand belong to the layer that makes the tensor, exactly as in `compress.network`.
 """
 from dataclasses import dataclass, field
+import re
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -64,6 +65,18 @@ class Add(Node):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Integers:
+    """Quantisation that the source file brings (int8 TFLite): `compress.quantize` keeps it and chooses none."""
+
+    #: (scale, zero point) of every tensor.
+    tensors: dict[str, tuple[float, int]]
+    #: int8 weights [outputs, kernel_h, kernel_w, channels / groups] and float64 scales [outputs], by node.
+    weights: dict[str, tuple[np.ndarray, np.ndarray]]
+    #: int64 biases [outputs] in units of input scale * weight scale, no zero point folded in, by node.
+    biases: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Graph:
     """Nodes in topological order. ``shapes`` gives (height, width, channels) of every tensor, without batch."""
 
@@ -75,6 +88,10 @@ class Graph:
     #: Whether the source file's input and output have rank 2 ([batch, features]) instead of NCHW.
     flat_input: bool = False
     flat_output: bool = False
+    #: Order of the source file's dimensions: NCHW (ONNX) or NHWC (TFLite).
+    layout: str = "NCHW"
+    #: The source file's own quantisation; the weights and biases of the nodes are then its real values.
+    integers: Integers | None = None
     #: What the import did that a reader should know (a dropped Softmax, a fused layer).
     notes: tuple[str, ...] = ()
     #: sha256 of the source file, hexadecimal.
@@ -93,6 +110,23 @@ class Graph:
     def producer(self, tensor):
         """The node that makes ``tensor``; None for the network's input."""
         return next((n for n in self.nodes if n.output == tensor), None)
+
+
+def layer_name(node_name):
+    """Layer of a node of a source file: its letters, digits and _, at most 48 (``/a/a.0/Conv`` -> ``a_a_0_Conv``)."""
+    return re.sub(r"\W+", "_", node_name, flags=re.ASCII).strip("_")[:48]
+
+
+def unique_name(text, taken, fallback):
+    """`layer_name` of ``text``, or ``fallback``, not yet in ``taken`` (name -> next suffix to try); adds it there."""
+    base = layer_name(text) or fallback
+    name, suffix = base, taken.get(base, 1)
+    while name in taken:                    # the remembered suffix keeps many equal names linear
+        suffix += 1
+        name = f"{base}_{suffix}"
+    taken[base] = suffix
+    taken.setdefault(name, 1)
+    return name
 
 
 def output_size(size, kernel, stride, before, after, dilation=1):
@@ -194,13 +228,20 @@ def forward(graph, x, *, keep=False, read=None):
     return values if keep else values[graph.output]
 
 
-def to_nhwc(x, shape):
-    """Input data in the source file's layout ([N, C, H, W], or [N, C] for 1 x 1 maps) -> [N, H, W, C].
+def to_nhwc(x, shape, layout="NCHW"):
+    """Input data in the source file's layout -> [N, H, W, C].
+
+    NCHW: [N, C, H, W], or [N, C] for 1 x 1 maps. NHWC: [N, H, W, C], or flattened [N, H * W * C].
 
     Raises: InputError if the data do not fit ``shape`` = (height, width, channels).
     """
     x = np.asarray(x)
     height, width, channels = shape
+    if layout == "NHWC":
+        if x.shape[1:] not in ((height, width, channels), (height * width * channels,)):
+            raise InputError(f"must be [N, {height}, {width}, {channels}] like the network's input",
+                             field="input data", value=tuple(x.shape))
+        return np.ascontiguousarray(x).reshape(-1, height, width, channels)
     if x.ndim == 4 and x.shape[1:] == (channels, height, width):
         return np.ascontiguousarray(x.transpose(0, 2, 3, 1))
     if x.ndim == 2 and (height, width) == (1, 1) and x.shape[1] == channels:

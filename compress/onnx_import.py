@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, TensorProto
 
-from compress.graph import Add, Conv, Graph, Pool, node_shape
+from compress.graph import Add, Conv, Graph, Pool, node_shape, unique_name
 from spec.errors import InputError
 from spec.strict_yaml import read_regular_file
 
@@ -79,7 +79,7 @@ def load(path):
     path = Path(path)
     data = read_regular_file(path, max_bytes=MAX_FILE_BYTES)
     try:
-        return parse(data, name=_identifier(path.stem, {}, "network"))
+        return parse(data, name=unique_name(path.stem, {}, "network"))
     except InputError as error:
         raise error.within(path) from None
 
@@ -94,23 +94,6 @@ def parse(data, *, name="network"):
     except (DecodeError, RecursionError, ValueError) as error:
         raise InputError(f"must be an ONNX model ({type(error).__name__}: truncated or not protobuf)") from None
     return _Importer(model, name=name, digest=sha256(data).hexdigest()).build()
-
-
-def layer_name(node_name):
-    """Layer of an ONNX node: its letters, digits and _, at most 48 (``/a/a.0/Conv`` -> ``a_a_0_Conv``)."""
-    return re.sub(r"\W+", "_", node_name, flags=re.ASCII).strip("_")[:48]
-
-
-def _identifier(text, taken, fallback):
-    """A layer's name that is not in ``taken`` (name -> next suffix to try); adds it there."""
-    base = layer_name(text) or fallback
-    name, suffix = base, taken.get(base, 1)
-    while name in taken:                    # the remembered suffix keeps many equal names linear
-        suffix += 1
-        name = f"{base}_{suffix}"
-    taken[base] = suffix
-    taken.setdefault(name, 1)
-    return name
 
 
 class _Attributes:
@@ -326,7 +309,7 @@ class _Importer:
                 raise InputError(f"dimension {axis} must be in 1..{MAX_DIM}", field=where, value=dim.dim_value)
             sizes.append(dim.dim_value)
         channels, height, width = sizes if len(sizes) == 3 else (sizes[0], 1, 1)
-        self.input = _identifier(info.name, self.tensor_names, "input")
+        self.input = unique_name(info.name, self.tensor_names, "input")
         self.flat_input = len(sizes) == 1
         self._shape(self.input, (height, width, channels), where)
         self.values[info.name] = _Value(tensor=self.input, flat=self.flat_input)
@@ -397,11 +380,11 @@ class _Importer:
         return name
 
     def _layer_name(self):
-        return _identifier(self.node.name, self.layer_names, f"{self.node.op_type.lower()}_{self.index}")
+        return unique_name(self.node.name, self.layer_names, f"{self.node.op_type.lower()}_{self.index}")
 
     def _define(self, flat=False):
         name = self.node.output[0]
-        tensor = _identifier(name, self.tensor_names, f"tensor_{self.index}")
+        tensor = unique_name(name, self.tensor_names, f"tensor_{self.index}")
         self.values[name] = _Value(tensor=tensor, flat=flat)
         return tensor
 

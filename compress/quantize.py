@@ -38,10 +38,12 @@ class Calibration:
     source: str
 
 
-def random_calibration(shape, *, samples=32, seed=0):
-    """Seeded standard normal samples for a network without data; reports must say so."""
-    x = np.random.default_rng(seed).normal(0, 1, (samples, *shape)).astype(np.float32)
-    return Calibration(x=x, source=f"random normal data, seed {seed}")
+def random_calibration(shape, *, limits=None, samples=32, seed=0):
+    """Seeded samples for a network without data, standard normal or uniform between ``limits``; reports must say so."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(0, 1, (samples, *shape)) if limits is None else rng.uniform(*limits, (samples, *shape))
+    kind = "normal" if limits is None else "uniform"
+    return Calibration(x=x.astype(np.float32), source=f"random {kind} data, seed {seed}")
 
 
 def ranges(graph, x, *, observer="minmax", percentile=99.99, batch=32, progress=None):
@@ -153,6 +155,9 @@ def quantize_weights(weights, *, least=0.0):
 class Quantizer:
     """Quantises one graph under any assignment of methods to layers; formats and layers are computed once.
 
+    A graph that brings its own quantisation (`graph.Integers`) keeps scales, zero points, int8 weights and biases; the
+    methods then work on these weights, and the calibration data only measure and correct what a method drops.
+
     Args:
         graph: the float network. calibration: Calibration. observer, percentile: see `ranges`.
         bias_correction: add the mean that the dropped weights contributed on the calibration samples,
@@ -174,13 +179,23 @@ class Quantizer:
                                  field=f"decompositions.{name}")
         self.graph, self.calibration, self.bias_correction = graph, calibration, bias_correction
         self.settings = {"observer": observer} | ({"percentile": percentile} if observer == "percentile" else {})
-        tell = (lambda f: progress("calibrate", f)) if progress else None
-        self.ranges = ranges(graph, calibration.x, observer=observer, percentile=percentile, progress=tell)
         self.weights, self.tensors, self._layers = {}, {}, {}
-        self._choose_formats()
+        if graph.integers is None:
+            tell = (lambda f: progress("calibrate", f)) if progress else None
+            self.ranges = ranges(graph, calibration.x, observer=observer, percentile=percentile, progress=tell)
+            self._choose_formats()
+        elif observer != "minmax":
+            raise InputError("must be left out: the file's own scales are kept", field="observer", value=observer)
+        else:
+            self.settings = {"observer": "none, scales of the file"}
+            self._take_formats(graph.integers)
         elements = sum(int(np.prod(s)) for s in graph.shapes.values())
         count = int(np.clip(_SAMPLE_ELEMENTS // elements, 1, 32))
         self._samples = graphs.forward(graph, calibration.x[:count], keep=True)
+        if graph.integers is not None:
+            for name, values in self._samples.items():
+                if not np.isfinite(values).all():
+                    raise InputError("must be finite on the calibration data (overflow)", field=f"tensor {name!r}")
         self._norms = {}
 
     # -- formats -------------------------------------------------------------------------------------------------
@@ -204,6 +219,26 @@ class Quantizer:
             if node.residual is not None:
                 largest = max(largest, self.tensors[node.residual].scale)
             self._add_tensor(node.output, largest / _LARGEST_RATIO)
+
+    def _take_formats(self, integers):
+        """The source file's formats, each checked for what the requantiser can encode."""
+        self.weights = dict(integers.weights)
+        for name, (height, width, channels) in self.graph.shapes.items():
+            scale, zero_point = integers.tensors[name]
+            self.tensors[name] = Tensor(name=name, height=height, width=width, channels=channels, scale=scale,
+                                        zero_point=zero_point)
+        for node in self.graph.nodes:
+            source, output = self.tensors[node.input].scale, self.tensors[node.output].scale
+            ratio = source / output
+            if isinstance(node, Conv):
+                ratio *= float(self.weights[node.name][1].max())
+            elif isinstance(node, Pool) and node.kind == "average":
+                ratio /= np.prod(node.window)
+            if node.residual is not None:
+                ratio = max(ratio, self.tensors[node.residual].scale / output)
+            if ratio >= _LARGEST_RATIO:
+                raise InputError(f"must not scale its sums by {_LARGEST_RATIO} or more to the output's scale (16-bit "
+                                 "multiplier, 14 fraction bits)", field=f"layer {node.name!r}", value=ratio)
 
     def _add_tensor(self, name, least_scale, *, same_as=None):
         height, width, channels = self.graph.shapes[name]
@@ -335,8 +370,11 @@ class Quantizer:
         if int(np.abs(kept).sum(axis=(1, 2, 3)).max()) * 128 >= 1 << 31:
             raise InputError("could leave the 32-bit accumulator (too many inputs)", field=f"layer {node.name!r}")
         error, shift = self._dropped(node, values, kept, scale)
-        bias = np.clip(np.round((node.bias + shift) / (source.scale * scale)), -_LARGEST_BIAS, _LARGEST_BIAS)
-        bias = bias.astype(np.int64)
+        given = None if self.graph.integers is None else self.graph.integers.biases[node.name]
+        real = shift + (node.bias if given is None else 0)
+        bias = np.clip(np.round(real / (source.scale * scale)), -_LARGEST_BIAS, _LARGEST_BIAS).astype(np.int64)
+        if given is not None:
+            bias = given + bias
         folded = convolution.fold_bias(bias, kept, source.zero_point)
         if int(np.abs(folded).max()) >= 1 << 31:
             raise InputError("has a bias that does not fit 32 bits", field=f"layer {node.name!r}")
@@ -395,7 +433,8 @@ class Quantizer:
                  "calibration": {"source": self.calibration.source, "samples": len(self.calibration.x)} | self.settings,
                  "bias_correction": self.bias_correction,
                  "flat_input": g.flat_input, "flat_output": g.flat_output,
-                 "versions": {name: version(name) for name in ("numpy", "onnx")}}
+                 "layout": g.layout, "scales": "chosen" if g.integers is None else "of the file",
+                 "versions": {name: version(name) for name in ("numpy", "onnx" if g.integers is None else "tflite")}}
         return Network(name=g.name, input=g.input, output=g.output, tensors=dict(self.tensors), layers=tuple(layers),
                        provenance=facts | (provenance or {}))
 

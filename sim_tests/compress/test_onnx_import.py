@@ -358,4 +358,4 @@ def test_signalling_nan_is_refused():
 @pytest.mark.parametrize("node, layer", [
     ("/a/a.0/Conv", "a_a_0_Conv"), ("conv1", "conv1"), ("///", ""), ("x" * 60, "x" * 48)])
 def test_layer_names_of_nodes(node, layer):
-    assert onnx_import.layer_name(node) == layer
+    assert graphs.layer_name(node) == layer

@@ -270,7 +270,7 @@ def test_unknown_layer(capsys, package):
 
 
 def test_method_for_a_package(capsys, package):
-    assert "--method is for ONNX files" in refused(capsys, "cosim", package, "--method", "dense")
+    assert "--method is for ONNX and TFLite files" in refused(capsys, "cosim", package, "--method", "dense")
 
 
 def test_data_of_another_shape(capsys, package, tmp_path):
@@ -328,4 +328,5 @@ def test_installed_command_needs_no_folder(tmp_path):
         stdin=subprocess.DEVNULL,
         check=False,
     )
-    assert done.returncode == 2 and done.stderr == "summand: gone.onnx: must be an existing ONNX file or package\n"
+    assert done.returncode == 2
+    assert done.stderr == "summand: gone.onnx: must be an existing ONNX file, int8 TFLite file or package\n"

@@ -123,27 +123,32 @@ class Recipe:
         return {"method": str(self.default), "layers": {n: str(m) for n, m in self.layers.items()}}
 
 
-def load_recipe(path):
-    """Recipe from YAML: ``method: nm:2:4`` and, optionally, ``layers: {name: method, …}``.
+def from_tree(tree):
+    """Recipe of plain values: ``{"method": text}`` and, optionally, ``"layers": {name: text, …}``.
 
-    Raises: InputError naming file and field.
+    Raises: InputError naming the field.
     """
+    for key in tree:
+        if key not in ("method", "layers"):
+            raise InputError("is not a known field; known: layers, method", field=key)
+    layers = tree.get("layers", {})
+    if not isinstance(layers, dict):
+        raise InputError("must be a mapping of layer names to methods", field="layers", value=layers)
+    for name, text in layers.items():
+        method = parse(_text(text, f"layers.{name}"), field=f"layers.{name}")
+        if method.searched:
+            kind = "basis-mix" if method.mixed else "tasder"
+            raise InputError(f"must not be {kind}: the search covers the whole network", field=f"layers.{name}")
+    if "method" not in tree:
+        raise InputError("must be given", field="method")
+    return Recipe(default=parse(_text(tree["method"], "method")), layers={n: parse(t) for n, t in layers.items()})
+
+
+def load_recipe(path):
+    """Recipe from a YAML file, see `from_tree`. Raises: InputError naming file and field."""
     tree = strict_yaml.load(path)
     try:
-        for key in tree:
-            if key not in ("method", "layers"):
-                raise InputError("is not a known field; known: layers, method", field=key)
-        layers = tree.get("layers", {})
-        if not isinstance(layers, dict):
-            raise InputError("must be a mapping of layer names to methods", field="layers", value=layers)
-        for name, text in layers.items():
-            method = parse(_text(text, f"layers.{name}"), field=f"layers.{name}")
-            if method.searched:
-                kind = "basis-mix" if method.mixed else "tasder"
-                raise InputError(f"must not be {kind}: the search covers the whole network", field=f"layers.{name}")
-        if "method" not in tree:
-            raise InputError("must be given", field="method")
-        return Recipe(default=parse(_text(tree["method"], "method")), layers={n: parse(t) for n, t in layers.items()})
+        return from_tree(tree)
     except InputError as error:
         raise error.within(path) from None
 

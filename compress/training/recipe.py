@@ -14,17 +14,20 @@
     package: {method: dense, integer: {epochs: 1, optimizer: {rate: 0.001}}}
 
 Relative paths are relative to the recipe's folder; the command line can replace the paths of data and weights, which is
-why they are no part of the recipe's digest (the digests of what they hold are in the report).
+why they are no part of the recipe's digest (the digests of what they hold are in the report). Nor is the package: it can
+be changed, and made again from the trained weights.
 """
 import hashlib
 import json
 from pathlib import Path
 
+from compress import methods
 from compress.training import fields, networks
 from compress.training.fields import construct
 from compress.training.loader import Source
 from compress.training.schedule import Optimizer, Schedule
 from compress.training.techniques import build as technique
+from spec import config as configs
 from spec import strict_yaml
 from spec.errors import InputError
 
@@ -89,15 +92,21 @@ class Package:
     """The compressed network that a run ends in.
 
     Args:
-        method: compression method (docs/formats.md) of the trained network; ``config``: for methods that need one.
+        method: compression method (docs/formats.md) of the trained network; layers: mapping of layer names to other
+        methods, as in a compression recipe; ``config``: for methods that need one.
         calibration: training images that decide the activation formats. observer, percentile: how
         (`compress.quantize.ranges`). integer: a `Stage` without techniques that trains the quantised network, exactly
         as integers compute it; without it, quantisation after training.
     """
 
-    def __init__(self, *, method="dense", config=None, calibration=512, observer="minmax", percentile=99.99,
-                 integer=None):
-        self.method, self.config = method, config
+    def __init__(self, *, method="dense", layers=None, config=None, calibration=512, observer="minmax",
+                 percentile=99.99, integer=None):
+        self.key = repr((method, layers, calibration, observer, percentile, integer))
+        self.methods = methods.from_tree({"method": method} | ({} if layers is None else {"layers": layers}))
+        if self.methods.default.searched:
+            raise InputError("must not be searched: use summand compress on the run's model.onnx", field="method",
+                             value=method)
+        self.config = None if config is None else configs.load(config)
         self.calibration = fields.whole(calibration, "calibration", low=1, high=1 << 16)
         self.observer, self.percentile = observer, fields.number(percentile, "percentile", low=50, high=100)
         if integer is not None:
@@ -143,12 +152,13 @@ def _part(cls, options, field):
 
 
 def digest(tree):
-    """sha256 of a recipe's mapping without the paths of data and weights and the number of threads."""
-    def strip(value):
+    """sha256 of all that decides the trained weights: a recipe's mapping without its package, the paths of data and
+    weights, and the number of threads."""
+    def strip(value, *more):
         if isinstance(value, dict):
-            return {k: strip(v) for k, v in sorted(value.items()) if k not in ("path", "weights", "threads")}
+            return {k: strip(v) for k, v in sorted(value.items()) if k not in ("path", "weights", "threads", *more)}
         return [strip(v) for v in value] if isinstance(value, list) else value
-    return hashlib.sha256(json.dumps(strip(tree), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(strip(tree, "package"), sort_keys=True).encode()).hexdigest()
 
 
 def load(path, *, data=None, weights=None):

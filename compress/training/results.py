@@ -9,14 +9,12 @@ import time
 import numpy as np
 import torch
 
-from compress import engine, methods, onnx_import, package
+from compress import engine, onnx_import, package
 from compress import graph as graphs
 from compress.quantize import Calibration, Quantizer
 from compress.training import export, log, trainer
 from compress.training.integer import IntegerNetwork
-from compress.training.parametrizations import decompositions
-from spec import config as configs
-from spec.errors import InputError
+from compress.training.techniques.ternary import export_decompositions
 
 #: Images of one golden step.
 GOLDEN_BATCH = 100
@@ -43,7 +41,7 @@ def write(run, recipe, text, *, progress=None):
             "data": {"kind": recipe.data.kind, "digest": dataset.digest(), "train": len(dataset.train[1]),
                      "validation": len(dataset.validation[1]), "test": len(dataset.test[1])},
             "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "numpy", "onnx")},
-            "precision": recipe.precision, "threads": recipe.threads, "epochs": sum("rate" in r for r in run.rows),
+            "precision": recipe.precision, "threads": recipe.threads,
             "parameters": sum(p.numel() for p in run.model.parameters()), "onnx_bytes": len(data),
         }
         if recipe.package is not None:
@@ -54,6 +52,7 @@ def write(run, recipe, text, *, progress=None):
             report["layers"] = {layer.name: {"format": layer.format} | layer.metrics for layer in network.layers
                                 if hasattr(layer, "format")}
     report["accuracy"] = accuracies
+    report["epochs"] = sum("rate" in row for row in run.rows)
     report["training_seconds"] = sum(r.get("seconds", 0) for r in run.rows)
     report["results_seconds"] = time.monotonic() - began
     log.plots(folder, run.rows)
@@ -63,27 +62,29 @@ def write(run, recipe, text, *, progress=None):
 
 def _with_results(network, report, accuracies):
     """The network with where it came from."""
-    facts = {k: report[k] for k in ("network", "seed", "recipe_digest", "data", "versions", "epochs")}
+    facts = {k: report[k] for k in ("network", "seed", "recipe_digest", "data", "versions")}
     return replace(network, provenance=network.provenance | {"training": facts, "accuracy": accuracies})
 
 
 def _package(run, recipe, tell):
     """(network, accuracies) of the quantised network, after integer training if the recipe asks for it."""
     plan, dataset = recipe.package, run.dataset
-    config = None if plan.config is None else configs.load(plan.config)
     graph = onnx_import.load(run.folder / "model.onnx")
     count = len(dataset.train[1])
     picks = np.linspace(0, count - 1, min(plan.calibration, count)).astype(int)
     x = _nhwc(dataset, dataset.train[0][picks])
     quantizer = Quantizer(graph, Calibration(x=x, source=f"{len(picks)} training images of {recipe.data.kind}"),
-                          observer=plan.observer, percentile=plan.percentile, config=config, seed=recipe.seed,
-                          decompositions=decompositions(run.model),
+                          observer=plan.observer, percentile=plan.percentile, config=plan.config, seed=recipe.seed,
+                          decompositions={
+                              graphs.layer_name(name): factors
+                              for name, factors in export_decompositions(run.model).items()},
                           progress=lambda message, fraction: tell(message, fraction))
-    network = quantizer.network(plan.method, provenance={"source": "model.onnx", "data_is_random": False})
+    methods = replace(plan.methods, layers={graphs.layer_name(n): m for n, m in plan.methods.layers.items()})
+    network = quantizer.network(methods, provenance={"source": "model.onnx", "data_is_random": False})
     module = IntegerNetwork(network, graph)
     figures = {"quantized": trainer.accuracy(module, dataset, "test")}
     if plan.integer is not None:
-        run.epochs(plan.integer, module, len(recipe.stages), precision="float32")
+        run.epochs(plan.integer, module, len(recipe.stages), precision="float32", key=plan.key)
         network = module.to_network()
         figures["integer_trained"] = trainer.accuracy(module, dataset, "test")
     figures["golden"] = golden_accuracy(network, dataset, trainer.logits_of(module, dataset, "test"), tell)
@@ -110,14 +111,3 @@ def golden_accuracy(network, dataset, logits, tell):
         tell("test set, golden integers", (at + len(y)) / len(images))
     return right / len(images)
 
-
-def check(recipe):
-    """Refuse what would only fail after hours of training. Raises: InputError."""
-    if recipe.package is None:
-        return
-    plan = methods.recipe(recipe.package.method)
-    if plan.default.searched:
-        raise InputError("must not be searched: use summand compress on the run's model.onnx", field="package.method",
-                         value=recipe.package.method)
-    if recipe.package.config is not None:
-        configs.load(recipe.package.config)

@@ -129,23 +129,26 @@ class Trainer:
                           "validation_accuracy": accuracy(self.model, self.dataset, "validation")})
         log.write(self.folder, self.rows)
 
-    def epochs(self, stage, model, number, techniques=(), *, precision=None):
+    def epochs(self, stage, model, number, techniques=(), *, precision=None, key=""):
         """The epochs of ``stage`` on ``model``, each followed by a checkpoint; those that a killed run has done are
-        taken from its checkpoint. ``number``: of the stage, which the checkpoint names."""
+        taken from its checkpoint, if that is of the same stage ``number`` and ``key`` (what the recipe's digest leaves
+        out)."""
         phase = Phase(stage, model, self.dataset, precision=precision or self.recipe.precision,
                       generator=self.generator, techniques=techniques,
                       teacher=stage.distill and self.teacher(stage.distill))
         saved, first = self.saved, 0
-        if saved is not None and saved["stage"] == number:
+        if saved is not None and saved["stage"] == number and saved["key"] == key:
             self._restore(model, saved, techniques, "checkpoint.pt")
             phase.load_state_dict(saved["phase"])
             self.generator.set_state(saved["generator"])
             torch.set_rng_state(saved["torch_generator"])
             first = saved["epoch"]
+        else:
+            self.rows = [row for row in self.rows if row["stage"] != stage.name]
         for epoch in range(first, stage.epochs):
             self.rows.append({"stage": stage.name, "epoch": epoch + 1} |
                              phase.epoch(epoch, self._teller(number, stage, epoch)))
-            self._save("checkpoint.pt", number, epoch + 1, model, techniques, phase=phase.state_dict())
+            self._save("checkpoint.pt", number, epoch + 1, model, techniques, phase=phase.state_dict(), key=key)
             log.write(self.folder, self.rows)
         if stage.average and stage.epochs:
             phase.take_average()

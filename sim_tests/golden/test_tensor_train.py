@@ -463,3 +463,32 @@ def test_published_deit_ranks_are_legal():
     for outer in range(16, 23):
         for inner in range(12, 16):
             check_ranks((24, 24, 12, 16), (1, outer, 96, inner, 1))
+
+
+#: ResNet-32 TT "3x" (section 4): modes, output modes, ranks between, input size, stride. The source gives only the
+#: range 27..29 for seven of the layers; this is the choice with all three that meets its totals.
+RESNET32_TT = [
+    *[((16, 9, 16), 1, (16, 16), 32, 1)] * 10, ((8, 4, 9, 4, 4), 2, (8, 32, 16, 4), 32, 2),
+    *[((8, 4, 9, 4, 8), 2, (8, 16, 16, 8), 16, 1)] * 9, ((8, 8, 9, 4, 8), 2, (8, 40, 24, 8), 16, 2),
+    *[((8, 8, 9, 8, 8), 2, (8, r, r, 8), 8, 1) for r in (27, 27, 27, 27, 28, 28, 29, 24, 15)]]
+
+
+def test_published_resnet32_tt():
+    """Section 6: 163.3K / 46.55M (2.82x / 1.47x); merged to three stages 2.87x / 1.54x; square output factors absorbed
+    2.93x / 1.64x; with 11 layers left dense, which have no fewer multiplications, 2.98x / 1.76x."""
+    sums, dense, fell = np.zeros((4, 2), int), np.zeros(2, int), 0
+    for modes, outputs, inner, size, stride in RESNET32_TT:
+        layer = TTConvolution(train=ghost(modes, check_ranks(modes, (1, *inner, 1))), outputs=outputs, kernel=(3, 3),
+                              stride=(stride, stride), pads=(1, 1, 1, 1))
+        chain, inside = layer.chain(), (size, size)
+        whole = np.array([prod(layer.shape), chain.dense_macs(inside)])
+        given = np.array([layer.parameters, layer.macs(inside)])
+        merged = np.array([chain.parameters, chain.macs(inside)])
+        absorbed, last = merged.copy(), chain.stages[-1]
+        if last.inputs == last.outputs:                # a square factor multiplies into the middle core
+            absorbed -= [last.weights.size, chain.products(inside)[-1].macs]
+        dense, fell = dense + whole, fell + bool(given[1] >= whole[1])
+        sums += [given, merged, absorbed, whole if given[1] >= whole[1] else absorbed]
+    assert len(RESNET32_TT) == 30 and tuple(dense) == (460800, 68419584) and fell == 11
+    assert tuple(sums[0]) == (163310, 46548864)
+    assert np.round(dense / sums, 2).tolist() == [[2.82, 1.47], [2.87, 1.54], [2.93, 1.64], [2.98, 1.76]]

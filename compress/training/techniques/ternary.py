@@ -76,13 +76,13 @@ class TernaryKernels(nn.Module):
     steps 1 to 4).
 
     Args: count: M. density, pattern: of T now, one of them None; both may change at any time. bits: of the basis, 0 for
-    float. rotations, seed: of the balance.
+    float. gain: factor of the latent gradient. rotations, seed: of the balance; sweeps: of the descent.
     """
 
-    def __init__(self, *, count, density=None, pattern=None, bits=8, rotations=0, seed=0):
+    def __init__(self, *, count, density=None, pattern=None, bits=8, gain=1.0, rotations=0, sweeps=0, seed=0):
         super().__init__()
-        self.count, self.density, self.pattern, self.bits = count, density, pattern, bits
-        self.rotations, self.seed = rotations, seed
+        self.count, self.density, self.pattern, self.bits, self.gain = count, density, pattern, bits, gain
+        self.rotations, self.sweeps, self.seed = rotations, sweeps, seed
 
     def signs(self, latent):
         """T of latent coefficients at the present density or pattern."""
@@ -93,7 +93,7 @@ class TernaryKernels(nn.Module):
         return rounded(latent_basis, self.bits) if self.bits else latent_basis
 
     def forward(self, basis, alpha, latent):
-        values = alpha.abs()[:, None, None] * self.signs(latent) + (latent - latent.detach())
+        values = alpha.abs()[:, None, None] * self.signs(latent) + self.gain * (latent - latent.detach())
         return combine(values, self.basis(basis))
 
     def right_inverse(self, weight):
@@ -101,7 +101,8 @@ class TernaryKernels(nn.Module):
         d = golden.decompose(kernels_of(weight), count=self.count)
         density = self.pattern.density if self.pattern is not None else self.density
         d = bases.balance(d, density, rotations=self.rotations, rng=np.random.default_rng(self.seed))[0]
-        return self.fit(*(torch.from_numpy(a).to(weight.dtype) for a in (d.basis, d.coefficients)))
+        start = self.fit(*(torch.from_numpy(a).to(weight.dtype) for a in (d.basis, d.coefficients)))
+        return self._descend(kernels_of(weight), *start) if self.sweeps else start
 
     def fit(self, basis, coefficients):
         """Originals for real factors: scales of least ``sum |coefficients - alpha beta T|**2`` (`compress.basis`)."""
@@ -110,6 +111,18 @@ class TernaryKernels(nn.Module):
         alpha = np.where(alpha > 0, alpha, alpha[alpha > 0].mean() if (alpha > 0).any() else 1.0)
         beta = torch.from_numpy(np.where(beta > 0, beta, 1.0)).to(basis.dtype)
         return basis * beta[:, None, None], torch.from_numpy(alpha).to(basis.dtype), coefficients / beta
+
+    def _descend(self, kernel, basis, alpha, latent):
+        """Originals after `compress.basis.descend`: latent coefficients are each the least squares given all others."""
+        k, r, s, c = kernel.shape
+        rows = kernel.transpose(0, 3, 1, 2).reshape(k, c, r * s)
+        flat = basis.double().flatten(1).numpy()
+        ternary, scale, flat = bases.descend(rows, self.signs(latent).numpy(), alpha.double().numpy(), flat,
+                                             density=self.density, pattern=self.pattern, sweeps=self.sweeps)
+        values = scale[:, None, None] * ternary
+        norm = (flat * flat).sum(axis=1)
+        values = values + (rows - values @ flat) @ flat.T / np.where(norm > 0, norm, 1)
+        return tuple(torch.from_numpy(a).to(basis.dtype) for a in (flat.reshape(basis.shape), scale, values))
 
     @torch.no_grad()
     def ternary(self, layer):
@@ -173,14 +186,16 @@ class Ternary(Technique):
         allocate: ``uniform``, or ``erk``: small layers keep more, the mean over all coefficients being ``density``;
             layers with a density or pattern of their own stay outside.
         density_from, anneal: the density of epoch 0 and the epochs in which it falls to ``density``.
-        rotations: random rotations tried for balance before a dense layer is cut (0 keeps the SVD basis), seed.
+        gain: factor of the latent gradients, as if the latent coefficients had this many times the rate (1).
+        rotations: random rotations tried for balance before a dense layer is cut (0 keeps the SVD basis), with seed;
+            sweeps: of the descent that follows (`compress.basis.descend`; 0: none).
         basis_bits: 2..16, or 0 for a float basis.
         freeze_at: share of the epochs (0..1) after which T is fixed and only B, alpha and the rest train; 1: never.
     Figures: density (of all), and per layer density and flips, the share of T that changed since the last figures.
     """
 
     def __init__(self, *, layers=None, count=None, density=None, pattern=None, allocate="uniform", density_from=None,
-                 anneal=0, rotations=0, seed=0, basis_bits=8, freeze_at=1.0):
+                 anneal=0, gain=1.0, rotations=0, sweeps=0, seed=0, basis_bits=8, freeze_at=1.0):
         self.layers = layer_options(layers, _OWN)
         self.count = fields.whole(bases.COUNT if count is None else count, "count", low=1)
         density, self.pattern = _limits({"density": density, "pattern": pattern})
@@ -198,7 +213,9 @@ class Ternary(Technique):
             self.density_from = fields.number(density_from, "density_from", above=0, high=1)
         if bool(self.anneal) != (density_from is not None):
             raise InputError("must be given together with density_from", field="anneal", value=anneal)
+        self.gain = fields.number(gain, "gain", above=0, high=1e6)
         self.rotations = fields.whole(rotations, "rotations", high=bases.MAX_ROTATIONS)
+        self.sweeps = fields.whole(sweeps, "sweeps", high=1000)
         self.seed = fields.whole(seed, "seed")
         self.basis_bits = fields.whole(basis_bits, "basis_bits", high=16)
         if self.basis_bits == 1:
@@ -247,7 +264,8 @@ class Ternary(Technique):
         release(layer)
         density, pattern = self._at(name, 0)
         kernels = TernaryKernels(count=count, density=density, pattern=pattern, bits=self.basis_bits,
-                                 rotations=self.rotations, seed=(self.seed, number))
+                                 gain=self.gain, rotations=self.rotations, sweeps=self.sweeps,
+                                 seed=(self.seed, number))
         parametrize.register_parametrization(layer, "weight", kernels)
         if given is not None:
             with torch.no_grad():

@@ -7,6 +7,10 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra `train` (PyTorch)")
 
 from compress import basis as bases  # noqa: E402 (they follow the skip)
+from compress import engine, onnx_import  # noqa: E402
+from compress.network import BasisConvolution  # noqa: E402
+from compress.quantize import Calibration, Quantizer  # noqa: E402
+from compress.training import export, networks, recipe, trainer  # noqa: E402
 from compress.training.parametrizations import originals  # noqa: E402
 from compress.training.techniques import build, ternary  # noqa: E402
 from compress.training.techniques.basis import Basis  # noqa: E402
@@ -97,6 +101,33 @@ def test_start_is_the_fit_of_compress_basis(options):
         np.testing.assert_allclose(originals(layer)[1].detach(), alpha, rtol=1e-4)
         rebuilt = np.einsum("o,oim,mrs->oirs", alpha, t, want)
         np.testing.assert_allclose(layer.weight.detach(), rebuilt, atol=1e-5)
+
+
+@pytest.mark.parametrize("limits", [{"density": 0.2}, {"pattern": "2:4"}])
+def test_descent_lowers_the_error_and_latent_coefficients_are_optima(limits):
+    errors, weight = [], net()[5].weight.detach().double().numpy()
+    for sweeps in (0, 6):
+        model, _ = started(layers=["5"], sweeps=sweeps, basis_bits=0, **limits)
+        errors.append(np.linalg.norm(model[5].weight.detach().numpy() - weight))
+    assert errors[1] < errors[0]
+    basis, alpha, latent = (p.detach().double().numpy() for p in originals(model[5]))
+    kept = model[5].parametrizations.weight[0].ternary(model[5])[1] * alpha[:, None, None]
+    left = weight - np.einsum("oim,mrs->oirs", kept, basis)
+    want = kept + np.einsum("oirs,mrs->oim", left, basis) / (basis ** 2).sum(axis=(1, 2))
+    same = np.isclose(want, latent, atol=1e-4).all(axis=2)
+    assert same.mean() > 0.5, "not the kernels (o, i) in which the last choice changed"
+
+
+def test_gain_scales_the_latent_gradient_alone():
+    grads = []
+    for gain in (1, 3):
+        kernels = TernaryKernels(count=2, density=0.5, gain=gain)
+        g = torch.Generator().manual_seed(0)
+        factors = [torch.randn(*s, generator=g).requires_grad_() for s in ((2, 3, 3), (4,), (4, 5, 2))]
+        kernels(*factors).square().sum().backward()
+        grads.append([f.grad for f in factors])
+    for number, factor in enumerate((1, 1, 3)):
+        np.testing.assert_allclose(grads[1][number], factor * grads[0][number], rtol=1e-5)
 
 
 def test_basis_is_rounded_as_golden_rounds():
@@ -240,6 +271,7 @@ def test_export_names_the_modules_and_rebuilds_the_weights():
     ({"basis_bits": "1"}, "technique.basis_bits must be 0 or 2..16"),
     ({"basis_bits": 17}, "technique.basis_bits must be a whole number"),
     ({"freeze_at": "2"}, "technique.freeze_at must be a number"), ({"count": 0}, "technique.count must be a whole"),
+    ({"gain": 0}, "technique.gain must be a number above 0"), ({"sweeps": -1}, "technique.sweeps must be a whole"),
     ({"layers": {"5": {"density": 0.1, "pattern": "1:4"}}}, "layers.5.density must not be given beside pattern"),
     ({"layers": {"5": {"rank": 1}}}, "layers.5 must be a mapping with count, density, pattern")])
 def test_refused_options(options, text):
@@ -255,3 +287,55 @@ def test_refused_layers():
     parametrize.register_parametrization(model[5], "weight", torch.nn.Identity())
     with pytest.raises(InputError, match="layers.5 must have a plain or masked weight for ternary coeff"):
         started(model)
+
+
+# -- evidence ----------------------------------------------------------------------------------------------------------
+RECIPE = """
+network: digits
+data: {kind: digits}
+precision: float32
+seed: 3
+stages:
+  - {name: dense, epochs: 8, batch: 64, optimizer: {rate: 0.1, weight_decay: 0.0005}}
+  - name: ternary
+    epochs: 10
+    batch: 64
+    optimizer: {rate: 0.05}
+    distill: {weight: 0.5}
+    techniques: [{kind: ternary, count: 4, density: 0.05, rotations: 16}]
+"""
+
+
+def test_retraining_saves_what_ternarisation_after_training_loses(tmp_path):
+    """Digits, 4 basis kernels, 5 % of the coefficients: the same density, format and engine, with and without."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    plan, digest, _ = recipe.load(tmp_path / "recipe.yaml")
+    data = plan.data.load(seed=plan.seed)
+    run = trainer.Trainer(plan, digest, data, tmp_path / "run")
+    model = run.run()
+    rows = {r["stage"]: r for r in run.rows if "rate" in r}
+    assert rows["ternary"]["density"] == pytest.approx(0.05, abs=0.001)
+    dense = networks.build("digits")
+    dense.load_state_dict(torch.load(tmp_path / "run" / "stage-0.pt", weights_only=True)["model"])
+    images, labels = data.test
+    nhwc = [data.normalized(i).permute(0, 2, 3, 1).numpy() for i in (images, data.train[0][:200])]
+    found = {}
+    kept = ternary.export_decompositions(model)
+    for name, net_, factors in (("after training", dense, {}), ("retrained", model, kept)):
+        graph = onnx_import.parse(export.to_onnx(net_).SerializeToString())
+        quantizer = Quantizer(graph, Calibration(x=nhwc[1], source="train"), decompositions=factors)
+        network = quantizer.network("basis:4@0.05")
+        layers = [layer for layer in network.layers if isinstance(layer, BasisConvolution)]
+        assert [layer.name for layer in layers] == ["block_a", "block_b", "conv2"]
+        assert all(layer.metrics["retrained"] == bool(factors) for layer in layers)
+        assert all(layer.metrics["density"] <= 0.0505 for layer in layers)
+        found[name] = trainer.accuracy(net_, data, "test"), engine.accuracy(network, nhwc[0], labels)
+        assert all(m["compression_values"] > m["compression_entropy"] > m["compression_maps"] > 30
+                   for m in (layer.metrics for layer in layers))
+    assert found["retrained"][1] >= found["after training"][1] + 0.1
+    assert abs(found["retrained"][1] - found["retrained"][0]) <= 0.01
+    assert found["retrained"][1] >= 0.88
+    for layer in layers:
+        rebuilt = layer.effective_weights() * layer.weight_scale[:, None, None, None]
+        node = next(n for n in graph.convolutions if n.name == layer.name)
+        assert np.linalg.norm(rebuilt - node.weights) <= 1e-5 * np.linalg.norm(node.weights)

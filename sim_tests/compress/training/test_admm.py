@@ -7,7 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the extra `train` (PyTorch)")
 
-from compress.training import projections, techniques  # noqa: E402 (they follow the skip)
+from compress import demo  # noqa: E402 (they follow the skip)
+from compress.training import projections, techniques  # noqa: E402
 from compress.training.parametrizations import Chain, Masked, TensorTrain, Unified, materialize  # noqa: E402
 from compress.training.technique import Technique  # noqa: E402
 from compress.training.techniques.admm import ADMM  # noqa: E402
@@ -277,3 +278,67 @@ def test_masked_weights_stay_masked():
     admm.begin_epoch(0, 1)
     admm.finish()
     assert not (model[1].weight != 0)[~mask].any() and isinstance(admm, ADMM)
+
+
+# -- digits ------------------------------------------------------------------------------------------------------------
+def digits_net():
+    """1 -> 16 -> 32 -> 32 channels with batch normalisation, 10 classes: convolutions "0", "3", "6"."""
+    torch.manual_seed(7)
+    body = []
+    for inputs, outputs, stride in ((1, 16, 1), (16, 32, 2), (32, 32, 1)):
+        body += [nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(outputs),
+                 nn.ReLU()]
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+
+def train(model, technique, *, epochs, rate, seed):
+    """SGD with momentum and a falling rate on the demo's training images, with the trainer's order of hooks."""
+    optimiser = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    generator, (x, y) = torch.Generator().manual_seed(seed), small.digits()
+    done, steps = 0, epochs * -(-len(x) // 64)
+    for epoch in range(epochs):
+        technique.begin_epoch(epoch, epochs)
+        model.train()
+        for part in torch.randperm(len(x), generator=generator).split(64):
+            for group in optimiser.param_groups:
+                group["lr"] = rate * (1 - done / steps)
+            done += 1
+            optimiser.zero_grad()
+            (functional.cross_entropy(model(x[part]), y[part]) + technique.penalty()).backward()
+            optimiser.step()
+
+
+@torch.no_grad()
+def settled_accuracy(model):
+    """Held-out accuracy of a copy whose batch statistics are those of the training images."""
+    model = copy.deepcopy(model)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.reset_running_stats()
+            m.momentum = None
+    model.train()(small.digits()[0])
+    return small.accuracy(model.eval(), tuple(torch.from_numpy(a) for a in demo.digits("heldout")))
+
+
+def test_digits_admm_against_decomposition_after_training():
+    """Ranks (4, 4), 736 parameters of 13,824: little is left after training, much after training by ADMM."""
+    options = {"projection": {"kind": "tensor_train", "ranks": [1, 4, 4, 1]}, "layers": ["3", "6"]}
+    model = digits_net()
+    train(model, Technique(), epochs=8, rate=0.1, seed=1)
+    dense = settled_accuracy(model)
+    after = copy.deepcopy(model)
+    techniques.build({"kind": "factorize"} | options).start(after)
+    post_training = settled_accuracy(after)
+    admm = build(**options, rho=1)
+    admm.start(model)
+    first = admm.figures()["residual"]
+    train(model, admm, epochs=12, rate=0.05, seed=2)
+    with admm.projected():
+        projected = settled_accuracy(model)
+    residual = admm.figures()["residual"]
+    admm.finish()
+    train(model, Technique(), epochs=4, rate=0.02, seed=3)
+    tuned = settled_accuracy(materialize(model))
+    shown = f"dense {dense:.3f}, after training {post_training:.3f}, ADMM {projected:.3f}, fine-tuned {tuned:.3f}"
+    assert dense > 0.95 and residual < first / 3, shown
+    assert projected > post_training + 0.3 and tuned > post_training + 0.5 and tuned > dense - 0.08, shown

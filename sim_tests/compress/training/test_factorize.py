@@ -6,12 +6,13 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the extra `train` (PyTorch)")
 
-from compress.training import techniques  # noqa: E402 (they follow the skip)
+from compress.training import networks, techniques  # noqa: E402 (they follow the skip)
 from compress.training.parametrizations import Chain, LowRank, TensorTrain, Tucker2, materialize, originals  # noqa: E402
-from compress.training.technique import Technique  # noqa: E402
+from compress.training.technique import Technique, default_layers  # noqa: E402
 from compress.training.techniques.basis import BasisKernels  # noqa: E402
 from golden import tensor_train  # noqa: E402
 from sim_tests.compress.training import small  # noqa: E402
+from sim_tests.compress.training.test_projections import resnet18, resnet32, train32  # noqa: E402
 from spec.errors import InputError  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
@@ -173,3 +174,22 @@ def test_stages_that_are_too_short():
             technique.begin_epoch(0, 4)
     with pytest.raises(InputError, match=r"^layers.2.ranks\[2\] must be at most 8 \(redundant\), not 9"):
         build(projection=TT | {"ranks": [1, 8, 9, 1]}, layers=["2"]).start(small.net())
+
+
+def test_published_ranks_on_the_networks_themselves():
+    """The layers, their names and their orientation are those that the published tables count."""
+    model = networks.build("resnet32")
+    layers = list(resnet32())
+    technique = build(projection={"kind": "tensor_train"},
+                      layers={name: {k: list(v) for k, v in train32(name).items()} for name, *_ in layers})
+    technique.start(model)
+    assert list(technique.layers) == default_layers(model) == [name for name, *_ in layers]
+    assert sum(p.numel() for name, *_ in layers for p in originals(model.get_submodule(name))) == 163328
+    plain = materialize(model)
+    for name, shape, _, stride in layers:
+        first, middle, last = plain.get_submodule(name)
+        assert (last.out_channels, first.in_channels) == shape[:2] and middle.stride == (stride, stride)
+    published = {name: (shape, stride) for name, shape, _, stride in resnet18()}
+    model = networks.build("resnet18")
+    assert {name: (tuple(model.get_submodule(name).weight.shape), model.get_submodule(name).stride[0])
+            for name in default_layers(model)} == published

@@ -199,9 +199,8 @@ def compress(args):
 def _print_search(facts):
     """Table and outcome of a search of series."""
     table(
-        f"search: {facts['evaluations']} evaluations, series {', '.join(facts['candidates'])}",
-        ("layer", "series", "density", "dropped non-zeros", "dropped |x|", "output error", "MACs", "executed",
-         "cycles", "padded", "padded dense"),
+        f"search: {facts['evaluations']} evaluations; shares dropped of non-zeros and magnitude, cycles ideal and padded",
+        ("layer", "series", "density", "non-zeros", "|x|", "error", "MACs", "executed", "cycles", "padded", "dense"),
         [
             (
                 row["layer"], row["method"], f"{row['density']:.3f}",

@@ -199,7 +199,7 @@ def compress(args):
 def _print_search(facts):
     """Table and outcome of a search of series."""
     table(
-        f"search: {facts['evaluations']} evaluations; shares dropped of non-zeros and magnitude, cycles ideal and padded",
+        f"search: {facts['evaluations']} evaluations; shares dropped of non-zeros and magnitude; cycles ideal, padded",
         ("layer", "series", "density", "non-zeros", "|x|", "error", "MACs", "executed", "cycles", "padded", "dense"),
         [
             (

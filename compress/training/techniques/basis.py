@@ -25,6 +25,7 @@ from compress.training import fields
 from compress.training.masks import check_plain, release
 from compress.training.parametrizations import originals
 from compress.training.technique import Technique, options_of, select
+from compress.training.techniques.hoyer import hoyer_square
 from golden import basis as golden
 from spec.errors import InputError
 
@@ -41,11 +42,6 @@ def combine(coefficients, basis):
     outputs, inputs, count = coefficients.shape
     with torch.autocast(coefficients.device.type, enabled=False):
         return (coefficients.reshape(-1, count) @ basis.reshape(count, -1)).reshape(outputs, inputs, *basis.shape[1:])
-
-
-def hoyer_square(x):
-    """``(sum |x|)**2 / sum x**2``: 1 for one non-zero, the number of elements for equal magnitudes; 0 for zeros."""
-    return x.abs().sum() ** 2 / x.square().sum().clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def hoyer_measure(x):

@@ -98,7 +98,8 @@ def test_an_assigned_weight_is_decomposed():
 # -- penalties ---------------------------------------------------------------------------------------------------------
 def test_hoyer_measure_by_hand():
     assert basis.hoyer_measure(torch.tensor([3.0, -4.0, 0.0, 0.0])) == pytest.approx(2 - 7 / 5)
-    assert basis.hoyer_measure(torch.ones(9)) == pytest.approx(0, abs=1e-6) and basis.hoyer_measure(torch.eye(4)[0]) == 1
+    assert basis.hoyer_measure(torch.ones(9)) == pytest.approx(0, abs=1e-6)
+    assert basis.hoyer_measure(torch.eye(4)[0]) == 1
 
 
 @pytest.mark.parametrize("regularizer,function", [("l1", lambda c: np.abs(c).sum()),

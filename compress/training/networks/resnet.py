@@ -77,7 +77,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """Four stages of two `BasicBlock`, of ``width`` to 8 ``width`` channels. Parameter names are those of torchvision's ``resnet18``.
+    """Four stages of two `BasicBlock`, of ``width`` to 8 ``width`` channels (64). Parameter names are torchvision's.
 
     ``small``: for 32x32 images, a 3x3 convolution of stride 1 without max pooling at the start; otherwise the paper's
     (table 1) 7x7 convolution of stride 2 and 3x3 max pooling, for 224x224.

@@ -26,7 +26,8 @@ ZOO = {name: (lambda name=name: networks.build(name), None) for name in networks
     "resnet32": (lambda: resnet.CifarResNet(blocks=5), (3, 8, 8)), "resnet56": (lambda: resnet.CifarResNet(blocks=9),
                                                                                 (3, 8, 8)),
     "resnet18_cifar": (lambda: resnet.ResNet18(classes=10, small=True, width=8), (3, 8, 8)),
-    "resnet18": (lambda: resnet.ResNet18(classes=10, width=8), (3, 32, 32)), "vgg16": (lambda: vgg.VGG16(width=0.25), None),
+    "resnet18": (lambda: resnet.ResNet18(classes=10, width=8), (3, 32, 32)),
+    "vgg16": (lambda: vgg.VGG16(width=0.25), None),
     "vit": (lambda: transformer.VisionTransformer(width=24, depth=2), None),
     "ds_cnn": (lambda: mlperf_tiny.DSCNN(width=16), None),
     "lstm": (lambda: lstm.LSTMClassifier(rows=9, columns=5, hidden=6), None)}

@@ -36,7 +36,7 @@ def test_published_parameter_counts(name, classes):
 
 #: (name, classes) -> multiplications of convolutions and matrices for one image. By hand for ResNet-20: 442,368 in the
 #: first convolution, 2,359,296 in each of the other 18, half of it in the two of stride 2, then 640. The others agree
-#: with what is published, in millions: 69, 126, 1,814 (torchvision), 556 and 313 (kuangliu), 12.5 and 2.7 (MLPerf Tiny).
+#: with published millions: 69, 126, 1,814 (torchvision), 556 and 313 (kuangliu), 12.5 and 2.7 (MLPerf Tiny).
 MACS = {("resnet20", 10): 442_368 + 18 * 2_359_296 - 2 * 1_179_648 + 640, ("resnet32", 10): 68_862_592,
         ("resnet56", 10): 125_485_696, ("resnet18", 1000): 1_814_073_344, ("resnet18_cifar", 10): 555_422_720,
         ("vgg16", 10): 313_201_664, ("resnet8", 10): 12_501_632, ("ds_cnn", 12): 2_656_768}

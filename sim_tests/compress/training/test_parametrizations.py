@@ -5,7 +5,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra `train` (PyTorch)")
 
 from compress.training.parametrizations import (  # noqa: E402 (they follow the skip)
-    Chain, LowRank, Masked, TensorTrain, Tucker2, check_layer, materialize, originals)
+    Chain, LowRank, Masked, TensorTrain, Tucker2, Unified, check_layer, materialize, originals)
 from golden import tensor_train, tucker  # noqa: E402
 from spec.errors import InputError  # noqa: E402
 from torch import nn  # noqa: E402
@@ -239,3 +239,13 @@ def test_materialize_keeps_many_layers_apart():
     plain = materialize(model)
     assert [[type(m) for m in chain] for chain in plain] == [[nn.Linear] * 2] * 60
     assert len({id(m) for m in plain.modules()}) == 1 + 3 * 60
+
+
+def test_unified_by_hand():
+    layer = nn.Linear(5, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, -3.0, 2.0, 0.0, -7.0]]))
+    parametrize.register_parametrization(layer, "weight", Unified(negative=layer.weight < 0, block=2))
+    assert layer.weight.tolist() == [[2, -2, 1, 1, -7]] and originals(layer)[0].tolist() == [[2, 1, 7]]
+    (layer.weight * torch.tensor([[1.0, 10.0, 100.0, 1000.0, 10000.0]])).sum().backward()
+    assert originals(layer)[0].grad.tolist() == [[-9, 1100, -10000]]

@@ -4,6 +4,7 @@ from torch.nn.utils import parametrize
 
 from compress.training import fields
 from compress.training.parametrizations import Masked
+from compress.training.technique import select
 from spec.config import Pattern
 from spec.errors import InputError
 
@@ -59,14 +60,26 @@ def _term(magnitudes, n, m):
     return keep[:, :inputs].reshape(magnitudes.shape)
 
 
+def choose(model, patterns, kind):
+    """{name: layer} as `technique.select`, checked by `check_plain`; ``kind``: the technique, for messages.
+
+    Raises: InputError also if there is no layer.
+    """
+    layers = select(model, patterns)
+    if not layers:
+        raise InputError(f"must be given: the network has no layer that {kind} takes by default", field="layers")
+    check_plain(layers, kind)
+    return layers
+
+
 def check_plain(layers, kind):
-    """Raises: InputError if a layer of {name: layer} computes with a parametrised weight that is not a masked one."""
+    """Raises: InputError for a layer of {name: layer} in another form than a plain or masked weight. Techniques that
+    give layers a form of their own give an earlier mask up (`release`): what is zero may grow again."""
     for name, layer in layers.items():
-        if parametrize.is_parametrized(layer, "weight"):
-            form = type(layer.parametrizations.weight[0])
-            if form is not Masked:
-                raise InputError(f"must have a plain or masked weight for {kind}; it has the form {form.__name__}",
-                                 field=f"layers.{name}")
+        form = type(layer.parametrizations.weight[0]) if parametrize.is_parametrized(layer, "weight") else Masked
+        if form is not Masked:
+            raise InputError(f"must have a plain or masked weight for {kind}; it has the form {form.__name__}",
+                             field=f"layers.{name}")
 
 
 def release(layer):

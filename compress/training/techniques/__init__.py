@@ -1,4 +1,4 @@
-"""The techniques by the name that recipes use; each module says what its techniques compute and where they come from."""
+"""The techniques by the name that recipes use; each module says what its own compute and where they come from."""
 from difflib import get_close_matches
 from importlib import import_module
 

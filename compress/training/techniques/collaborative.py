@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from compress.training import allocation, fields
-from compress.training.masks import check_plain, fix_mask, release
+from compress.training.masks import choose, fix_mask, release
 from compress.training.parametrizations import LowRank, check_layer
-from compress.training.technique import Technique, select
+from compress.training.technique import Technique
 from spec.errors import InputError
 
 
@@ -78,8 +78,7 @@ class Collaborative(Technique):
 
     def start(self, model):
         super().start(model)
-        self.targets = select(model, self.layers)
-        check_plain(self.targets, "collaborative")
+        self.targets = choose(model, self.layers, "collaborative")
         for name, layer in self.targets.items():
             check_layer(layer, f"layers.{name}")
             release(layer)

@@ -14,8 +14,8 @@ import torch
 
 from compress.training import fields
 from compress.training.groups import Groups
-from compress.training.masks import check_plain, check_threshold, fix_mask, limit_of
-from compress.training.technique import Technique, select
+from compress.training.masks import choose, check_threshold, fix_mask, limit_of
+from compress.training.technique import Technique
 
 FORMS = ("element", "group")
 #: Sums of squares below it count as zero, which keeps gradients finite.
@@ -58,8 +58,7 @@ class Hoyer(Technique):
 
     def start(self, model):
         super().start(model)
-        self.targets = select(model, self.layers)
-        check_plain(self.targets, "hoyer")
+        self.targets = choose(model, self.layers, "hoyer")
 
     def penalty(self):
         return self.strength * sum(self.measure(layer.weight) for layer in self.targets.values())

@@ -18,9 +18,9 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from compress.training import fields
-from compress.training.masks import check_plain, check_threshold, limit_of, release
+from compress.training.masks import choose, check_threshold, limit_of, release
 from compress.training.parametrizations import originals
-from compress.training.technique import Technique, select, weighted_layers
+from compress.training.technique import Technique, weighted_layers
 from compress.training.techniques.hoyer import TINY
 from spec.errors import InputError
 
@@ -152,13 +152,10 @@ class Lines(Technique):
         layers = weighted_layers(model)
         wanted = [name for name, m in layers.items() if isinstance(m, nn.Linear)]
         wanted = [name for name in wanted if name != list(layers)[-1]]
-        self.targets = select(model, wanted if self.layers is None else self.layers)
-        check_plain(self.targets, "lines")
+        self.targets = choose(model, wanted if self.layers is None else self.layers, "lines")
         for name, layer in self.targets.items():
             if not isinstance(layer, nn.Linear):
                 raise InputError("must be a linear layer", field=f"layers.{name}", value=type(layer).__name__)
-        if not self.targets:
-            raise InputError("must name a linear layer: the network has none but its last", field="layers")
 
     def _block(self, layer):
         """Block size of a layer, at most its own."""

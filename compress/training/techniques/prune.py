@@ -14,8 +14,8 @@ import torch
 
 from compress.training import fields
 from compress.training.groups import Groups
-from compress.training.masks import check_plain, fix_mask
-from compress.training.technique import Technique, options_of, select
+from compress.training.masks import choose, fix_mask
+from compress.training.technique import Technique, options_of
 from spec.errors import InputError
 
 SCOPES = ("global", "layer")
@@ -60,8 +60,7 @@ class Prune(Technique):
 
     def start(self, model):
         super().start(model)
-        self.targets = select(model, self.layers)
-        check_plain(self.targets, "prune")
+        self.targets = choose(model, self.layers, "prune")
         self.groups.check(self.targets)
         for layer in self.targets.values():
             fix_mask(layer, torch.ones_like(layer.weight, dtype=torch.bool))

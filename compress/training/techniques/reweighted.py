@@ -13,8 +13,8 @@ import torch
 
 from compress.training import fields
 from compress.training.groups import Groups
-from compress.training.masks import check_plain, check_threshold, fix_mask, limit_of
-from compress.training.technique import Technique, select
+from compress.training.masks import choose, check_threshold, fix_mask, limit_of
+from compress.training.technique import Technique
 from spec.errors import InputError
 
 
@@ -49,8 +49,7 @@ class Reweighted(Technique):
 
     def start(self, model):
         super().start(model)
-        self.targets = select(model, self.layers)
-        check_plain(self.targets, "reweighted")
+        self.targets = choose(model, self.layers, "reweighted")
         self.groups.check(self.targets)
         self._refresh()
 

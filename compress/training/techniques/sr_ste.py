@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from compress.training import fields
-from compress.training.masks import check_plain, fix_mask, nm_mask, parse_series, release
-from compress.training.technique import Technique, options_of, select
+from compress.training.masks import choose, fix_mask, nm_mask, parse_series, release
+from compress.training.technique import Technique, options_of
 
 
 class _Masked(torch.autograd.Function):
@@ -84,11 +84,10 @@ class SRSTE(Technique):
 
     def start(self, model):
         super().start(model)
-        layers = select(model, self.layers)
+        layers = choose(model, self.layers, "sr_ste")
         self.sparse, self.dense = {}, []
         chosen = {name: options_of(self.own, name) if self.own else self.patterns for name in layers}
         fit = {name for name, p in chosen.items() if p and max(m for _, m in p) <= layers[name].weight.shape[1]}
-        check_plain({name: layers[name] for name in fit}, "sr_ste")
         for name, layer in layers.items():
             if name not in fit:
                 self.dense.append(name)

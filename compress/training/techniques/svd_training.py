@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from compress.training import fields
-from compress.training.masks import check_plain, release
+from compress.training.masks import choose, release
 from compress.training.parametrizations import LowRank, check_layer, originals
 from compress.training.projections.svd import FORMS, from_matrix, to_matrix
-from compress.training.technique import Technique, select
+from compress.training.technique import Technique
 from compress.training.techniques.hoyer import TINY, hoyer_square
 from spec.errors import InputError
 
@@ -125,8 +125,7 @@ class SVDTraining(Technique):
 
     def start(self, model):
         super().start(model)
-        self.targets = select(model, self.layers)
-        check_plain(self.targets, "svd_training")
+        self.targets = choose(model, self.layers, "svd_training")
         for name, layer in self.targets.items():
             check_layer(layer, f"layers.{name}")
             if self.form == "spatial" and layer.weight.dim() != 4:

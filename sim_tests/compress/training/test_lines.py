@@ -87,7 +87,7 @@ def test_bad_options():
         Lines(strength=1, std=1, block=[1])
     with pytest.raises(InputError, match="layers.2 must be a linear layer, not 'Conv2d'"):
         Lines(strength=1, std=1, layers=["2"]).start(net())
-    with pytest.raises(InputError, match="layers must name a linear layer: the network has none but its last"):
+    with pytest.raises(InputError, match="layers must be given: the network has no layer that lines takes by default"):
         Lines(strength=1, std=1).start(net())
     technique = Lines(strength=1, threshold=9)
     technique.start(Attention())

@@ -50,7 +50,7 @@ def test_a_fixed_mask_can_be_replaced():
     masks.fix_mask(layer, torch.tensor([[True, False, True, True]]))
     masks.fix_mask(layer, torch.tensor([[True, True, True, False]]))
     assert layer.weight.tolist() == [[1, 0, 3, 0]]
-    masks.check_plain({"a": layer}, "a test")
+    assert masks.choose(nn.Sequential(layer), ["0"], "a test") == {"0": layer}
     masks.release(layer)
     assert isinstance(layer.weight, nn.Parameter) and layer.weight.tolist() == [[1, 0, 3, 0]]
 
@@ -58,8 +58,10 @@ def test_a_fixed_mask_can_be_replaced():
 def test_other_forms_are_refused():
     layer = nn.Linear(4, 4)
     parametrize.register_parametrization(layer, "weight", LowRank(shape=(4, 4), rank=2))
-    with pytest.raises(InputError, match="layers.a must have a plain or masked weight for prune; .* LowRank"):
-        masks.check_plain({"a": layer}, "prune")
+    with pytest.raises(InputError, match="layers.0 must have a plain or masked weight for prune; .* LowRank"):
+        masks.choose(nn.Sequential(layer), ["*"], "prune")
+    with pytest.raises(InputError, match="layers must be given: the network has no layer that prune takes by default"):
+        masks.choose(nn.Sequential(layer), None, "prune")
 
 
 def test_thresholds():

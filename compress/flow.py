@@ -100,7 +100,8 @@ def compress_model(model, method="dense", *, config=None, calibration=None, vali
             its basis engine, if any, decides group and intermediate width of basis layers.
         calibration, validation: see `load_samples`. ``tasder`` judges accuracy on the labelled ``validation`` data,
             which must not be the data that the final accuracy is reported on; without it, on labelled calibration data.
-        observer, percentile, bias_correction: see `quantize.ranges` and `quantize.Quantizer`.
+        observer, percentile, bias_correction: see `quantize.ranges` and `quantize.Quantizer`. Without calibration data
+            the biases of a TFLite file stay as they are.
         permutation: reorder channels first so that the default method keeps more magnitude (exact, see `permute`).
         seed: of the permutation search and of the rotations of basis layers.
         goal, search, first: share of the float accuracy that ``tasder`` keeps; ``layer`` or ``network`` wise; whether
@@ -122,6 +123,8 @@ def compress_model(model, method="dense", *, config=None, calibration=None, vali
     if graph.integers is not None and (chains or permutation):
         raise InputError("must not be factorised or permuted: the integers of a TFLite file are kept",
                          field="method" if chains else "permutation", value=str(method) if chains else True)
+    if graph.integers is not None and calibration is None:
+        bias_correction = False                 # random data would only spoil what was trained
     if chains:
         graph, provenance["factorization"] = factorize.factorize(graph, chains, x, progress=progress)
     if permutation and plan.default.basis is not None:

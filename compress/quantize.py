@@ -41,6 +41,7 @@ class Calibration:
 def random_calibration(shape, *, limits=None, samples=32, seed=0):
     """Seeded samples for a network without data, standard normal or uniform between ``limits``; reports must say so."""
     rng = np.random.default_rng(seed)
+    samples = int(np.clip(_SAMPLE_ELEMENTS // np.prod(shape), 1, samples))      # a small file may ask for a huge input
     x = rng.normal(0, 1, (samples, *shape)) if limits is None else rng.uniform(*limits, (samples, *shape))
     kind = "normal" if limits is None else "uniform"
     return Calibration(x=x.astype(np.float32), source=f"random {kind} data, seed {seed}")

@@ -422,21 +422,20 @@ class _Importer:
     def _shared(self, value):
         """Name, input and clamp of a node, and no output yet.
 
-        The limits are those of TFLite in integers, ``zero_point + round(limit / scale)`` with halves away from zero in
-        float32, as the real values of these integers; none where int8 ends anyway.
+        The limits are those of TFLite in integers, -128 and 127 or, tighter, ``zero_point + round(limit / scale)`` with
+        halves away from zero in float32, as the real values of these integers: the float network saturates like them.
         """
         kind = _ACTIVATIONS.get(self.options["FusedActivationFunction"], "unknown") if self.options else "NONE"
         if kind not in _LIMITS:
             raise InputError(f"must have the activation {', '.join(_LIMITS)}", field=self.where, value=kind)
         scale, zero_point = self._made_format()
         limits = []
-        for limit, end in zip(_LIMITS[kind], (-128, 127)):
-            steps = None
+        for limit, end, tighter in zip(_LIMITS[kind], (-128, 127), (max, min)):
+            steps = end - zero_point
             if limit is not None:
                 ratio = float(np.float32(limit) / np.float32(scale))
-                steps = math.copysign(math.floor(abs(ratio) + 0.5), ratio)
-            outside = steps is None or (steps + zero_point - end) * (1 if end > 0 else -1) >= 0
-            limits.append(None if outside else scale * steps)
+                steps = tighter(steps, math.copysign(math.floor(abs(ratio) + 0.5), ratio))
+            limits.append(scale * steps)
         name = unique_name(self.made.name.partition(";")[0], self.layer_names,
                            f"{self.operator.kind.lower()}_{self.number}")
         return {"name": name, "input": value.tensor, "output": "", "low": limits[0], "high": limits[1]}

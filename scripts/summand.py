@@ -192,7 +192,7 @@ def compress(args):
     if args.calibration is None and network.provenance["scales"] == "chosen":
         print("calibrated with seeded random data: give --calibration for real ranges")
     elif args.calibration is None:
-        print("scales of the file; output errors and corrected biases come from seeded random data: give --calibration")
+        print("scales and biases of the file; output errors are those of seeded random data: give --calibration")
     return GOOD
 
 

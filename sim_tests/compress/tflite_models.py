@@ -278,7 +278,8 @@ def _mean(model, op, x):
     source, out = model.tensors[op["inputs"][0]], model.tensors[op["outputs"][0]]
     axes = tuple(int(a) for a in model.tensors[op["inputs"][1]]["data"])
     ratio = source["scale"][0] / out["scale"][0]
-    y = np.round((x.astype(np.float64).mean(axis=axes, keepdims=True) - source["zero_point"][0]) * ratio)
+    y = (x.astype(np.float64).mean(axis=axes, keepdims=True) - source["zero_point"][0]) * ratio
+    y = np.sign(y) * np.floor(np.abs(y) + 0.5)
     y = np.clip(y + out["zero_point"][0], -128, 127).astype(np.int8)
     return y.reshape(len(x), *out["shape"][1:])
 

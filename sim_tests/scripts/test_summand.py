@@ -9,8 +9,10 @@ import sys
 import numpy as np
 import pytest
 
+from compress import engine, flow
 from scripts import summand
 from sim_tests.bench import build, cosim
+from sim_tests.compress.tflite_models import Builder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DIGITS = str(ROOT / "models" / "digits.onnx")
@@ -85,6 +87,29 @@ def test_packed_package_is_smaller_and_runs_alike(capsys, tmp_path):
 def test_run_onnx(capsys):
     status, out, _ = call(capsys, "run", DIGITS, "--engine", "onnx", "--input", "demo:heldout")
     assert status == 0 and float(re.search(r"accuracy ([\d.]+) %", out)[1]) > 90
+
+
+def test_tflite_files_run_like_packages(capsys, tmp_path):
+    """An int8 TFLite file has its own scales: run and estimate take it as it is, compress applies a method."""
+    model, rng = tmp_path / "m.tflite", np.random.default_rng(0)
+    b = Builder((6, 6, 8), scale=0.04, zero_point=2)
+    model.write_bytes(b.file(b.softmax(b.dense(rng, b.conv(rng, b.conv(rng, b.input, 8), 8), 3))))
+    x = rng.integers(-128, 128, (20, 6, 6, 8), np.int8)
+    net = flow.load_network(model)
+    labels = engine.run(net, x)[:, 0, 0].argmax(axis=1)
+    np.savez(tmp_path / "x.npz", x=x, labels=labels)
+    status, out, _ = call(capsys, "run", model, "--input", tmp_path / "x.npz")
+    assert status == 0 and "accuracy 100.00 %" in out and "output [20, 1, 1, 3]" in out
+    status, out, _ = call(capsys, "estimate", model, "--config", "tiny")
+    assert status == 0 and "20,736" in out                                     # 6 * 6 * 9 * 8 * 8
+    status, out, _ = call(capsys, "cosim", model, "--config", "tiny", "--input", tmp_path / "x.npz", "--images", 1)
+    assert status == 0 and "bit-exact: every element" in out and "rtl 100.00 %" in out
+    status, out, _ = call(capsys, "compress", model, "--method", "nm:2:4", "--out", tmp_path / "p")
+    assert status == 0 and "nm:2:4" in out and "scales and biases of the file" in out
+    status, out, _ = call(capsys, "run", tmp_path / "p", "--input", tmp_path / "x.npz")
+    assert status == 0 and "20 samples (x.npz)" in out
+    assert "must not be factorised or permuted" in refused(capsys, "compress", model, "--method", "tt:3", "--out", "p")
+    assert "onnx runs ONNX files" in refused(capsys, "run", model, "--engine", "onnx")
 
 
 def test_estimate(capsys, package):

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from compress.training import fields, parametrizations, projections
-from compress.training.masks import check_plain, release
+from compress.training.masks import choose, release
 from compress.training.parametrizations import originals
-from compress.training.technique import Technique, options_of, select
+from compress.training.technique import Technique, options_of
 from compress.training.techniques.basis import BasisKernels
 from spec.errors import InputError
 
@@ -81,14 +81,10 @@ class Choice:
         """{name: (layer, options, projection)}, projections bound to the layers' weights.
 
         Raises: InputError, with the layer's name, for options that do not fit it, a weight that is not plain or not
-        finite, or a layer with groups where factors must run as a chain.
+        finite, or a layer with groups where factors must run as a chain; if there is no layer.
         """
-        layers = select(model, self.layers)
-        if not layers:
-            raise InputError("must name at least one layer", field="layers", value=self.layers)
-        check_plain(layers, technique)
         result = {}
-        for name, layer in layers.items():
+        for name, layer in choose(model, self.layers, technique).items():
             options = options_of(self.own, name) if self.own else self.projection
             projection, field = projections.build(options), f"layers.{name}"
             if not torch.isfinite(layer.weight).all():

@@ -239,7 +239,7 @@ def test_bad_options(options, text):
      r"^layers.1.ranks\[1\] must be at most 1 \* 16 = 16 \(would be clipped\), not 17"),
     ({"projection": {"kind": "svd", "rank": 4}, "layers": ["2"]}, "^layers.2 must be a layer without groups, not '2"),
     ({"projection": {"kind": "nm", "pattern": "2:4"}, "layers": ["layer1.*"]}, "^layers matches no layer with weights"),
-    ({"projection": {"kind": "nm", "pattern": "2:4"}, "layers": []}, "^layers must name at least one layer"),
+    ({"projection": {"kind": "nm", "pattern": "2:4"}, "layers": []}, "^layers must be given: the network has no layer"),
     ({"projection": {"kind": "nm", "pattern": "2:16"}, "layers": ["1"]}, "^layers.1.pattern must have blocks of at mo"),
 ])
 def test_layers_that_do_not_fit(options, text):

@@ -14,6 +14,8 @@ its requantiser and all other scales in B (rank-1 scales ``alpha[o] beta[m]``, b
   as `compress.quantize` rounds it.
 * Density may begin at ``density_from`` and fall within ``anneal`` epochs to its end by the cubic rule ``end + (from -
   end) (1 - epoch / anneal)**3`` (Zhu and Gupta, "To prune, or not to prune", 2017), patterns likewise in N.
+* Values may turn ternary by degrees: ``V = share alpha T + (1 - share) |T| L``, where share rises from 0 to 1 within
+  ``blend`` epochs, linearly, and alpha[o] is the mean ``|L|`` of those kept whenever it rises.
 
 Without retraining such coefficients ruin a network. Sources: reference on ESCALATE and PENNI, section 7 (scheme and
 scale placement are ours; the papers' ternary scheme is unknown); Zhu, Han, Mao, Dally, "Trained Ternary Quantization",
@@ -75,14 +77,15 @@ class TernaryKernels(nn.Module):
     coefficients [O, I, M]. A weight that is assigned is decomposed, rotated for balance and fitted (`compress.basis`,
     steps 1 to 4).
 
-    Args: count: M. density, pattern: of T now, one of them None; both may change at any time. bits: of the basis, 0 for
-    float. gain: factor of the latent gradient. rotations, seed: of the balance; sweeps: of the descent.
+    Args: count: M. density, pattern: of T now, one of them None; both may change at any time, as may share, that of the
+    ternary values in V. bits: of the basis, 0 for float. gain: factor of the latent gradient. rotations, seed: of the
+    balance; sweeps: of the descent.
     """
 
     def __init__(self, *, count, density=None, pattern=None, bits=8, gain=1.0, rotations=0, sweeps=0, seed=0):
         super().__init__()
         self.count, self.density, self.pattern, self.bits, self.gain = count, density, pattern, bits, gain
-        self.rotations, self.sweeps, self.seed = rotations, sweeps, seed
+        self.rotations, self.sweeps, self.seed, self.share = rotations, sweeps, seed, 1.0
 
     def signs(self, latent):
         """T of latent coefficients at the present density or pattern."""
@@ -93,8 +96,11 @@ class TernaryKernels(nn.Module):
         return rounded(latent_basis, self.bits) if self.bits else latent_basis
 
     def forward(self, basis, alpha, latent):
-        values = alpha.abs()[:, None, None] * self.signs(latent) + self.gain * (latent - latent.detach())
-        return combine(values, self.basis(basis))
+        ternary = self.signs(latent)
+        values = alpha.abs()[:, None, None] * ternary
+        if self.share < 1:
+            values = self.share * values + (1 - self.share) * latent.detach() * ternary.abs()
+        return combine(values + self.gain * (latent - latent.detach()), self.basis(basis))
 
     def right_inverse(self, weight):
         """Raises: InputError unless 1 <= count <= min(R S, O I)."""
@@ -129,6 +135,16 @@ class TernaryKernels(nn.Module):
         """(B float64 [M, R, S], T int8 [O, I, M]) of a layer with this parametrisation."""
         basis, _, latent = originals(layer)
         return self.basis(basis).double().numpy(), self.signs(latent).to(torch.int8).numpy()
+
+
+@torch.no_grad()
+def _refit(layer):
+    """alpha[o] of a layer becomes the mean |L| of the coefficients kept; it stays where none is."""
+    _, alpha, latent = originals(layer)
+    kept = parametrization_of(layer, TernaryKernels).signs(latent).abs()
+    count = kept.sum(dim=(1, 2))
+    mean = (kept * latent.abs()).sum(dim=(1, 2)) / count.clamp_min(1)
+    alpha.copy_(torch.where(count > 0, mean, alpha))
 
 
 def export_decompositions(model):
@@ -186,6 +202,7 @@ class Ternary(Technique):
         allocate: ``uniform``, or ``erk``: small layers keep more, the mean over all coefficients being ``density``;
             layers with a density or pattern of their own stay outside.
         density_from, anneal: the density of epoch 0 and the epochs in which it falls to ``density``.
+        blend: epochs within which kept coefficients turn from real to ternary (0: they are from the start).
         gain: factor of the latent gradients, as if the latent coefficients had this many times the rate (1).
         rotations: random rotations tried for balance before a dense layer is cut (0 keeps the SVD basis), with seed;
             sweeps: of the descent that follows (`compress.basis.descend`; 0: none).
@@ -195,7 +212,7 @@ class Ternary(Technique):
     """
 
     def __init__(self, *, layers=None, count=None, density=None, pattern=None, allocate="uniform", density_from=None,
-                 anneal=0, gain=1.0, rotations=0, sweeps=0, seed=0, basis_bits=8, freeze_at=1.0):
+                 anneal=0, blend=0, gain=1.0, rotations=0, sweeps=0, seed=0, basis_bits=8, freeze_at=1.0):
         self.layers = layer_options(layers, _OWN)
         self.count = fields.whole(bases.COUNT if count is None else count, "count", low=1)
         density, self.pattern = _limits({"density": density, "pattern": pattern})
@@ -213,6 +230,7 @@ class Ternary(Technique):
             self.density_from = fields.number(density_from, "density_from", above=0, high=1)
         if bool(self.anneal) != (density_from is not None):
             raise InputError("must be given together with density_from", field="anneal", value=anneal)
+        self.blend = fields.whole(blend, "blend", high=10_000)
         self.gain = fields.number(gain, "gain", above=0, high=1e6)
         self.rotations = fields.whole(rotations, "rotations", high=bases.MAX_ROTATIONS)
         self.sweeps = fields.whole(sweeps, "sweeps", high=1000)
@@ -287,9 +305,13 @@ class Ternary(Technique):
         for name, layer in self.chosen.items():
             held = parametrization_of(layer, TernaryKernels)
             held.density, held.pattern = self._at(name, epoch)
+            held.share = min(1.0, epoch / self.blend) if self.blend else 1.0
 
     def begin_epoch(self, epoch, epochs):
         self._set(epoch)
+        if self.blend and epoch <= self.blend:
+            for layer in self.chosen.values():
+                _refit(layer)
         if epoch >= self.freeze_at * epochs:
             self._freeze()
 
@@ -312,7 +334,7 @@ class Ternary(Technique):
         return {"density": nonzeros / max(1, total)} | found
 
     def finish(self):
-        self._set(self.anneal)
+        self._set(max(self.anneal, self.blend))
         self._freeze()
 
     def state_dict(self):

@@ -186,6 +186,21 @@ def test_density_falls_by_the_cubic_rule_and_holds_in_every_step():
     assert technique.figures()["density"] == total / (6 * 240)
 
 
+def test_values_turn_ternary_by_degrees():
+    model, technique = started(density=0.25, blend=4, basis_bits=0)
+    basis, _, latent = (p.detach().double().numpy() for p in originals(model[5]))
+    t = model[5].parametrizations.weight[0].ternary(model[5])[1]
+    alpha = np.array([np.abs(latent[o][t[o] != 0]).mean() for o in range(12)])
+    for epoch, share in enumerate((0, 0.25, 0.5, 0.75, 1, 1)):
+        technique.begin_epoch(epoch, 6)
+        values = share * alpha[:, None, None] * t + (1 - share) * np.abs(t) * latent
+        np.testing.assert_allclose(model[5].weight.detach(), np.einsum("oim,mrs->oirs", values, basis), atol=1e-5)
+    technique.begin_epoch(0, 6)
+    technique.finish()
+    rebuilt = np.einsum("o,oim,mrs->oirs", alpha, t, basis)
+    np.testing.assert_allclose(model[5].weight.detach(), rebuilt, atol=1e-5)
+
+
 def test_pattern_falls_likewise():
     model, technique = started(pattern="1:8", density_from=0.5, anneal=2)
     found = []

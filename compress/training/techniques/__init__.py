@@ -19,6 +19,7 @@ TECHNIQUES = {
     "svd_training": ("svd_training", "SVDTraining"),
     "lines": ("lines", "Lines"),
     "collaborative": ("collaborative", "Collaborative"),
+    "constant_fan_in": ("constant_fan_in", "ConstantFanIn"),
 }
 
 

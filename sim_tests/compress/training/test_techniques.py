@@ -30,6 +30,7 @@ EXAMPLES = {
     "reweighted": "{kind: reweighted, strength: 0.0001, groups: block, block: [4, 4], std: 0.9, refresh: 2}",
     "svd_training": "{kind: svd_training, strength: 0.1, energy: 0.2}",
     "lines": "{kind: lines, strength: 0.001, std: 0.8, block: [4, 16], layers: [fc]}",
+    "constant_fan_in": "{kind: constant_fan_in, sparsity: 0.8, interval: 2, until: 1}",
     "collaborative": "{kind: collaborative, ratio: 0.5, layers: [block_a]}",
 }
 

@@ -196,6 +196,22 @@ def test_quantisation_at_both_ends(kind, tmp_path):
     assert "SOFTMAX" in first.provenance["import_notes"][0]
 
 
+def test_a_fixed_batch_is_only_a_size(tmp_path):
+    def output(b, count):
+        rng = np.random.default_rng(3)
+        x = b.reshape(b.pool(b.conv(rng, b.pad(b.input, 1, 1, 1, 1), 4, padding=VALID), "MAX", (2, 2)), (1, 4 * 5 * 5))
+        y = b.softmax(b.dense(rng, x, 3))
+        for tensor in b.tensors:
+            if tensor["data"] is None:
+                tensor["shape"][0] = count
+        return y
+
+    one, four = Builder((6, 6, 3)), Builder((6, 6, 3))
+    nets = [network_of(b.file(output(b, count)), tmp_path)[1] for b, count in ((one, 1), (four, 4))]
+    x = np.random.default_rng(0).integers(-128, 128, (5, 6, 6, 3), np.int8)
+    assert np.array_equal(engine.run(nets[0], x), engine.run(nets[1], x))
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_random_network(seed, tmp_path):
     rng = np.random.default_rng([31, seed])

@@ -379,7 +379,7 @@ def given(weights, plan, basis, coefficients):
     Args: weights: real [K, R, S, C]; plan: Plan; basis: real [M, R, S]; coefficients: [K, C, M], each -1, 0 or 1.
     Returns: (golden.basis.IntegerDecomposition, facts: count, weight_error, energy_ternary, imbalance, as of `fit`).
     Raises: InputError for factors of another shape, or that do not rebuild the weights (error above `GIVEN_ERROR`), or
-    are more than the plan's method allows: another M, a higher density, more than N of its pattern.
+    are more than the plan's method allows: a larger M, a higher density, more than N of its pattern.
     """
     w, b, t = np.asarray(weights, np.float64), np.asarray(basis), np.asarray(coefficients)
     k, r, s, c = w.shape
@@ -389,8 +389,8 @@ def given(weights, plan, basis, coefficients):
         raise InputError(f"must be -1, 0 or 1, [{k}, {c}, {len(b)}]", field="coefficients",
                          value=(str(t.dtype), t.shape))
     method = plan.method
-    if method.count is not None and method.count != len(b):
-        raise InputError(f"must have {method.count} kernels for {method}", field="basis", value=len(b))
+    if method.count is not None and len(b) > method.count:
+        raise InputError(f"must have at most {method.count} kernels for {method}", field="basis", value=len(b))
     nonzeros = int(np.count_nonzero(t))
     if method.density is not None and nonzeros > len(b) * max(1, round(method.density * k * c)):
         raise InputError(f"must have a density of at most {method.density:g} for {method}", field="coefficients",

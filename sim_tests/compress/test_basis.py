@@ -440,7 +440,7 @@ def test_float_basis_is_rounded_once(rng):
     (lambda w, b, t: (w, b, t[..., :3]), "basis:6", "decompositions.conv.coefficients must be -1, 0 or 1"),
     (lambda w, b, t: (w, b, 2 * t), "basis:6", "coefficients must be -1, 0 or 1"),
     (lambda w, b, t: (w, b, t.astype(float)), "basis:6", "coefficients must be -1, 0 or 1"),
-    (lambda w, b, t: (w, b, t), "basis:4", "basis must have 4 kernels for basis:4, not 6"),
+    (lambda w, b, t: (w, b, t), "basis:4", "basis must have at most 4 kernels for basis:4, not 6"),
     (lambda w, b, t: (w, b, t), "basis:6@0.05", "must have a density of at most 0.05 for basis:6@0.05, not 0.1"),
     (lambda w, b, t: (w, b, t), "basis:6@1:16", "coefficients must have at most 1 non-zeros in each 16 channels"),
     (lambda w, b, t: (w[::-1], b, t), "basis:6", "must rebuild the layer's weights (relative error at most 0.05)")])

@@ -7,7 +7,8 @@ SHELL := bash
 CONFIG ?= nm256
 METHOD ?= tasder
 IMAGES ?= 350
-OUT ?= build/rtl
+OUT ?= build/$(if $(filter train,$(MAKECMDGOALS)),train,rtl)
+RECIPE ?= models/digits_train.yaml
 SEEDS ?= 20
 JOBS ?= 2
 TESTS ?= sim_tests
@@ -16,8 +17,9 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 SUMMAND := $(VENV)/bin/summand
 STAMP := $(VENV)/.summand-ready
+TORCH := $(VENV)/.summand-torch
 
-.PHONY: help setup cosim test rtl lint bench soak synth docs clean
+.PHONY: help setup torch train cosim test rtl lint bench soak synth docs clean
 
 help:
 	@sed -n 's/^#: //p' Makefile
@@ -58,9 +60,22 @@ docs: $(STAMP)
 #: make setup              only set up the environment
 setup: $(STAMP)
 
+#: make torch              set up PyTorch too (large), for `summand train`; its tests are skipped without it
+torch: $(TORCH)
+
+#: make train RECIPE=FILE  train a network into a compressed form (OUT=, DATA=)
+train: $(TORCH)
+	@$(SUMMAND) train $(RECIPE) --out $(OUT) $(if $(DATA),--data $(DATA))
+
 #: make clean              remove what was generated (the environment stays)
 clean:
 	rm -rf build .pytest_cache .ruff_cache .hypothesis
+
+$(TORCH): $(STAMP) requirements-train.lock
+	@echo "adding PyTorch to $(VENV) from requirements-train.lock (once)" >&2
+	@if $(PYTHON) -m pip --version >/dev/null 2>&1; then pip="$(PYTHON) -m pip"; else pip="python3 -m pip --python $(PYTHON)"; fi; \
+	$$pip install --quiet --disable-pip-version-check -r requirements-train.lock
+	@touch $@
 
 # pip's own progress is quiet; where python3-venv is missing but pip is there, pip installs into the bare environment.
 $(STAMP): requirements.lock scripts/link.py

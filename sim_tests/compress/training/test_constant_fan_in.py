@@ -65,6 +65,18 @@ def test_every_output_left_has_the_same_fan_in():
     assert all(type(model[n].parametrizations.weight[0]) is Masked for n in (0, 2, 6))
 
 
+def test_masks_change_at_the_end_of_every_interval_only():
+    model, technique = net(), ConstantFanIn(sparsity=0.5, interval=3)
+    technique.start(model)
+    technique.begin_epoch(0, 4)
+    form, changed = technique._forms()["2"], []
+    for step in range(7):
+        before = form.mask.clone()
+        steps(model, technique, 1, seed=step)
+        changed.append(not torch.equal(before, form.mask))
+    assert changed == [False, False, True, False, False, True, False]
+
+
 def test_a_resumed_run_exchanges_at_the_same_steps():
     ends = []
     for resume in (False, True):

@@ -18,6 +18,7 @@ from compress.training.techniques.ternary import Ternary, TernaryKernels  # noqa
 from golden import basis as golden  # noqa: E402
 from golden.chain import quantize_rows  # noqa: E402
 from sim_tests.compress.training.test_basis import batch, net, steps  # noqa: E402
+from sim_tests.compress.training.test_trainer import Stop, interrupted  # noqa: E402
 from spec.config import Pattern  # noqa: E402
 from spec.errors import InputError  # noqa: E402
 from torch.nn import functional  # noqa: E402
@@ -354,3 +355,39 @@ def test_retraining_saves_what_ternarisation_after_training_loses(tmp_path):
         rebuilt = layer.effective_weights() * layer.weight_scale[:, None, None, None]
         node = next(n for n in graph.convolutions if n.name == layer.name)
         assert np.linalg.norm(rebuilt - node.weights) <= 1e-5 * np.linalg.norm(node.weights)
+
+
+STAGES = """
+network: digits
+data: {kind: digits}
+precision: float32
+stages:
+  - name: basis
+    epochs: 2
+    batch: 256
+    optimizer: {rate: 0.02, weight_decay: 0.001}
+    techniques: [{kind: basis, count: 5, alternate: 1}]
+  - {name: shrink, epochs: 1, batch: 256, optimizer: {rate: 0.02}, techniques: [{kind: shrink}]}
+  - name: ternary
+    epochs: 3
+    batch: 256
+    optimizer: {rate: 0.02}
+    techniques: [{kind: ternary, density: 0.2, density_from: 0.6, anneal: 2, blend: 2, freeze_at: 0.6}]
+"""
+
+
+@pytest.mark.parametrize("share", [0.3, 0.75])
+def test_killed_runs_of_all_three_stages_end_like_whole_ones(tmp_path, share):
+    (tmp_path / "recipe.yaml").write_text(STAGES, encoding="utf-8")
+    plan, digest, _ = recipe.load(tmp_path / "recipe.yaml")
+    data = plan.data.load(seed=plan.seed)
+    whole = trainer.Trainer(plan, digest, data, tmp_path / "whole")
+    want = whole.run().state_dict()
+    with pytest.raises(Stop):
+        trainer.Trainer(plan, digest, data, tmp_path / "cut", progress=interrupted(share)).run()
+    again = trainer.Trainer(plan, digest, data, tmp_path / "cut")
+    found = again.run().state_dict()
+    assert found.keys() == want.keys() and all(torch.equal(found[n], v) for n, v in want.items())
+    timing = ("seconds", "images_per_second")
+    rows = [[{k: v for k, v in r.items() if k not in timing} for r in t.rows] for t in (whole, again)]
+    assert rows[0] == rows[1]

@@ -98,6 +98,11 @@ def _plain(x):
     return float(x.detach())
 
 
+def _standing(value, x):
+    """``value`` with the gradient of ``x``; exact for integers, and where they differ by less than a factor of 2."""
+    return x + (value - x).detach()
+
+
 def _slowed(x, factor):
     """``x`` whose gradient is multiplied by ``factor``."""
     return x.detach() + (x - x.detach()) * factor
@@ -151,7 +156,7 @@ def requantized(sums, bias, r, residual=None):
             t.mul_(2.0 ** -FRACTION_BITS)
         elif residual is not None:
             t.add_(other[part].double(), alpha=r.residual_multiplier * 2.0 ** -FRACTION_BITS)
-        y[part].copy_(t.floor_().clamp_(r.low, r.high))
+        y[part].copy_(t.floor_()).clamp_(r.low, r.high)             # what float32 rounds lies beyond the limits
     return out.permute(0, 3, 1, 2)
 
 
@@ -169,7 +174,8 @@ def _int8_sums(u, weights, zero_point, geometry):
     """The same by oneDNN's int8 convolution, which sums in int32 and gives float32: exact below 2**24."""
     stride, padding, dilation = (list(geometry[k]) for k in ("stride", "padding", "dilation"))
     start = zero_point + 128                                         # u = x - start with x in 0..255
-    x = (u + start if start else u).to(torch.uint8)
+    x = u.to(torch.int32)                                            # float32 to uint8 in one step is far slower
+    x = (x.add_(start) if start else x).to(torch.uint8)
     ones, zeros = torch.ones(len(weights)), torch.zeros(len(weights), dtype=torch.int64)
     packed = torch.ops.onednn.qconv_prepack(weights.to(torch.int8), ones, 1.0, start, stride, padding, dilation,
                                             geometry["groups"], None)
@@ -322,13 +328,13 @@ class _Base(nn.Module):
         kept = (self.base_scale.numpy() == 0) | (wanted == self.base_scale.numpy())
         multiplier = np.where(kept, r.multiplier, multiplier).astype(np.uint16)
         shift = np.where(kept, r.shift, shift).astype(np.uint8)
-        scale = real + (torch.from_numpy(_exact_scale(multiplier, shift)) - real).detach()
+        scale = _standing(torch.from_numpy(_exact_scale(multiplier, shift)), real)
         encoded = r.residual_multiplier
         if self.other is not None:
             real = ratio * torch.exp(changes[layer.residual] - target)
             if _plain(real) != self.base_ratio:
                 encoded = requantize.encode_residual_scale(min(max(_plain(real), 1e-9), _LARGEST_RATIO))
-            ratio = real + (encoded / (1 << FRACTION_BITS) - real).detach()
+            ratio = _standing(encoded / (1 << FRACTION_BITS), real)
         # limits that are no ends of int8 are real ones (an activation), and keep their real value
         shrink = math.exp(-_plain(target))
         low, high = (v if q == end else min(max(round(v * shrink), -128 - r.zero_point), 127 - r.zero_point)
@@ -415,7 +421,7 @@ class _Weighted(_Base):
         fold = self._fold(weights)
         bias = _Round.apply(self.bias / unit, -2.0 ** 40, 2.0 ** 40)
         kept = (bias.detach() - fold).clamp_(BIAS.lo, BIAS.hi) + fold
-        return bias + (kept - bias).detach()
+        return _standing(kept, bias)
 
     def _fold(self, weights):
         return weights.detach().sum((1, 2, 3)) * self.source.zero_point
@@ -473,7 +479,7 @@ class _Convolution(_Weighted):
         dense = np.array([t.dense for t in layer.terms])[:, None, None, None, None]
         if node is None:
             return dense | (values != 0), values * scale
-        keep = np.broadcast_to(dense, values.shape)
+        keep = np.array(np.broadcast_to(dense, values.shape))        # a copy: PyTorch wants it writable
         if not dense.all() and node.weights.shape == values.shape[1:]:
             chosen, _ = structured.tasd_series(np.abs(node.weights), [t.pattern for t in layer.terms])
             keep = np.stack(chosen) != 0
@@ -494,7 +500,7 @@ class _Convolution(_Weighted):
             if bool((total > _LARGEST_SUM).any()):
                 each = q.detach().abs().sum((0, 2, 3, 4))
                 factor = torch.where(total > _LARGEST_SUM, _LARGEST_SUM / each, 1.0)
-                q = q + ((q * factor.view(-1, 1, 1, 1)).trunc() - q).detach()
+                q = _standing((q * factor.view(-1, 1, 1, 1)).trunc(), q)
         return q
 
     def integers(self, changes, weights):
@@ -548,7 +554,7 @@ class _Basis(_Weighted):
         b = _Round.apply(_slowed(self.basis.double(), self.basis_pace) / self.step, self.low, 127)
         bound = float((self.reach @ b.detach().abs().sum((1, 2))).max())
         if bound > BIAS.hi:
-            b = b + ((b * (BIAS.hi / bound)).trunc() - b).detach()
+            b = _standing((b * (BIAS.hi / bound)).trunc(), b)
         return b
 
     def integers(self, changes, weights):
@@ -592,8 +598,9 @@ class IntegerNetwork(nn.Module):
             input's (max pooling keeps its input's); ``all``. They stay within a factor of 8 of the package's.
     Raises: InputError if ``graph`` is another network, or for an unknown word.
 
-    Without training, `to_network` gives the arrays of ``network``. Equality with golden needs PyTorch's default
-    precision of float32 convolutions (no reduced precision in ``torch.backends``).
+    Without training, `to_network` gives the arrays of ``network``. Under ``torch.autocast`` only the convolutions of
+    the backward pass are bfloat16; the integers stay exact. Equality with golden needs PyTorch's default precision of
+    float32 convolutions (no reduced precision in ``torch.backends``).
     """
 
     def __init__(self, network, graph=None, *, learn_scales="none"):

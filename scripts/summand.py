@@ -50,10 +50,11 @@ def progress_bar():
     )
     task = bar.add_task("", total=1.0, start=True)
 
-    def show(message, fraction=None, *_):
+    def show(message, fraction=None, detail="", *_):
         if not bar.live.is_started and time.monotonic() - began > PROGRESS_AFTER_SECONDS:
             bar.start()
-        bar.update(task, description=message, total=None if fraction is None else 1.0, completed=fraction or 0)
+        bar.update(task, description=f"{message} {detail}".rstrip(), total=None if fraction is None else 1.0,
+                   completed=fraction or 0)
 
     try:
         yield show
@@ -322,6 +323,27 @@ def _print_activations(network, tensors):
         rows.append((name, "x".join(map(str, values.shape[1:])), f"{zeros:.3f}", f"{bits / (8 * values.size):.3f}"))
     table(f"feature maps of {len(values)} samples", ("tensor", "shape", "zeros", "map + non-zeros / raw"),
           [*rows, ("total", "", "", f"{packed / whole:.3f}")])
+
+
+def train(args):
+    """`summand train`: runs a recipe, then writes model.onnx, model.summand and report.json."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise InputError("needs PyTorch: install the extra, pip install 'summand[train]'", field="train") from None
+    from compress.training import recipe, results, trainer
+
+    plan, digest, text = recipe.load(args.recipe, data=args.data, weights=args.weights)
+    with progress_bar() as progress:
+        progress("read the data", None)
+        dataset = plan.data.load(seed=plan.seed)
+        job = trainer.Trainer(plan, digest, dataset, args.out, progress=progress)
+        job.run(restart=args.restart)
+        report = results.write(job, plan, text, progress=progress)
+    rows = [(name.replace("_", " "), f"{100 * value:.2f}") for name, value in report["accuracy"].items()]
+    table(f"{plan.network}, {report['data']['test']} test images", ("", "accuracy / %"), rows)
+    print(f"{report['epochs']} epochs, {report['training_seconds']:.0f} s of training; results in {args.out}")
+    return GOOD
 
 
 def run(args):
@@ -651,7 +673,8 @@ def parser():
 
     config = {"help": "configuration file, or a preset: " + ", ".join(configs.presets())}
     latency = {"type": _positive, "default": 16, "metavar": "CYCLES", "help": "memory latency (16)"}
-    data = "data file (.npy, .npz with x and labels), or demo:SPLIT for the digits; without it seeded random data"
+    data = "data file (.npy, .npz with x and labels), KIND:PATH[:SPLIT] for a data set (cifar10, cifar100, mnist, " \
+           "fashion_mnist), or demo:SPLIT for the digits; without it seeded random data"
 
     first = {"choices": ("dense", "search"), "default": "dense", "help": "tasder: the first convolution (dense)"}
 
@@ -684,6 +707,14 @@ def parser():
     sub.add_argument("--permute", action="store_true", help="reorder channels to keep more magnitude")
     sub.add_argument("--out", required=True, metavar="PKG", help="package to write")
     sub.add_argument("--packed", action="store_true", help="sparse terms slot by slot, as the hardware reads them")
+
+    sub = command("train", train, "train models/digits_train.yaml --out build/digits_train")
+    sub.add_argument("recipe", metavar="RECIPE.yaml", help="what to train, how, into which form (docs/training.md)")
+    sub.add_argument("--data", metavar="PATH", help="data set, in place of the recipe's path")
+    sub.add_argument("--weights", metavar="F", help="first weights, in place of the recipe's")
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder for checkpoints, logs, plots and results; "
+                     "a run that was killed goes on where it stopped")
+    sub.add_argument("--restart", action="store_true", help="begin anew, whatever the folder holds")
 
     sub = command(
         "search",

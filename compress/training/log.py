@@ -1,5 +1,5 @@
-"""The log of a run: ``log.json`` (all rows), ``log.csv`` (a line for each epoch), ``layers.csv`` (a line for each epoch,
-layer and figure), rewritten whole after each epoch, and two plots made from them."""
+"""The log of a run: ``log.json`` (all rows), ``log.csv`` (a line for each epoch), ``layers.csv`` (one for each layer and
+figure of an epoch), all written again after each epoch, and two plots made from them."""
 import csv
 import io
 import json
@@ -48,8 +48,8 @@ def plots(folder, rows):
                                                   for name in ("train", "validation")}, "linear")}
     layers = sorted({k for row in epochs for k in row if k.endswith("/residual")})
     if layers:
-        drawings["residual.svg"] = ("||W - Z|| / ||W||", {k.rsplit("/", 1)[0]: [row.get(k, float("nan")) for row in epochs]
-                                                          for k in layers}, "log")
+        lines = {k.rsplit("/", 1)[0]: [row.get(k, float("nan")) for row in epochs] for k in layers}
+        drawings["residual.svg"] = ("||W - Z|| / ||W||", lines, "log")
     for name, (label, lines, scale) in drawings.items():
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot(xlabel="epoch", ylabel=label, yscale=scale)

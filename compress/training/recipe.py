@@ -14,8 +14,8 @@
     package: {method: dense, integer: {epochs: 1, optimizer: {rate: 0.001}}}
 
 Relative paths are relative to the recipe's folder; the command line can replace the paths of data and weights, which is
-why they are no part of the recipe's digest (the digests of what they hold are in the report). Nor is the package: it can
-be changed, and made again from the trained weights.
+why they are no part of the recipe's digest (the digests of what they hold are in the report). Nor is the package: it
+can be changed, and made again from the trained weights.
 """
 import hashlib
 import json

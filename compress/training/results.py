@@ -7,7 +7,6 @@ import platform
 import time
 
 import numpy as np
-import torch
 
 from compress import engine, onnx_import, package
 from compress import graph as graphs

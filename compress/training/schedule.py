@@ -56,7 +56,7 @@ class Optimizer:
 
     def make(self, model):
         """The optimiser of a model's parameters."""
-        parameters = [p for p in model.parameters()]
+        parameters = list(model.parameters())
         groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
                   {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
         groups = [g for g in groups if g["params"]]

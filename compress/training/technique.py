@@ -11,9 +11,9 @@ The trainer calls the hooks of every technique of a stage in the order of the re
     finish()                                       the model takes its final form
 
 `start` and `finish` may exchange parametrisations, masks or whole layers of the model in place (``setattr`` on the
-parent module); the optimiser is made from ``model.parameters()`` after `start`. When a run resumes, `start` and `finish`
-of the stages before are called again on the weights of that time, so both must depend on nothing but the model's
-state, the technique's options and `load_state_dict`.
+parent module); the optimiser is made from ``model.parameters()`` after `start`. When a run resumes, `start` and
+`finish` of the stages before are called again on the weights of that time, so both must depend on nothing but the
+model's state, the technique's options and `load_state_dict`.
 """
 from fnmatch import fnmatchcase
 

@@ -12,6 +12,7 @@ import pickle       # for its exception alone
 import time
 import zipfile
 
+from threadpoolctl import threadpool_limits
 import torch
 from torch.nn import functional
 from torch.nn.utils import parametrize
@@ -190,12 +191,13 @@ class Trainer:
 
 @contextmanager
 def settings(recipe):
-    """PyTorch's global settings while a run lasts: threads, determinism."""
+    """Global settings while a run lasts: threads of PyTorch and of NumPy's linear algebra, determinism."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(recipe.threads)
     torch.use_deterministic_algorithms(recipe.deterministic)
     try:
-        yield
+        with threadpool_limits(recipe.threads, user_api="blas"):
+            yield
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)

@@ -70,7 +70,8 @@ def test_a_finished_run_is_not_trained_again(finished):
 
 def test_another_package_needs_no_new_training(finished, tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE.replace("method: nm:1:4, ", "method: dense, ").replace("epochs: 1, batch", "epochs: 2, batch"))
+    other = RECIPE.replace("method: nm:1:4, ", "method: dense, ").replace("epochs: 1, batch", "epochs: 2, batch")
+    recipe.write_text(other, encoding="utf-8")
     assert summand.main(["train", str(recipe), "--out", str(finished / "out")]) == 0
     rows = json.loads((finished / "out" / "log.json").read_text())
     assert [r["stage"] for r in rows] == ["dense"] * 4 + ["sparse"] * 3 + ["integer"] * 2

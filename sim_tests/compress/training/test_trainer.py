@@ -1,4 +1,4 @@
-"""Recipes, loader, schedules, trainer: runs that were killed end as runs that were not; bad recipes name their field."""
+"""Recipes, loader, schedules, trainer: killed runs end like runs that were not; bad recipes name their field."""
 import csv
 import json
 
@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch", reason="needs the extra `train` (PyTorch)")
 
 from compress.training import loader, recipe, trainer  # noqa: E402
 from compress.training.schedule import Optimizer, Schedule  # noqa: E402
-from compress.training.fields import construct
+from compress.training.fields import construct  # noqa: E402
 from compress.training.technique import Technique, default_layers, select  # noqa: E402
 from compress.training.networks import build  # noqa: E402
 from spec.errors import InputError  # noqa: E402
@@ -90,7 +90,8 @@ def test_the_log_has_a_row_for_each_epoch(tmp_path, digits):
         ("second", 1, False), ("second", 2, False), ("second", 2, True)]
     with open(tmp_path / "run" / "log.csv", newline="") as file:
         table = list(csv.DictReader(file))
-    assert [(r["stage"], r["epoch"]) for r in table] == [("first", "1"), ("first", "2"), ("second", "1"), ("second", "2")]
+    assert [(r["stage"], r["epoch"]) for r in table] == [("first", "1"), ("first", "2"), ("second", "1"),
+                                                         ("second", "2")]
     assert float(table[1]["loss"]) < float(table[0]["loss"])
 
 
@@ -319,7 +320,7 @@ def test_hooks_are_called_in_their_order(tmp_path, digits):
     run.run()
     step = ["penalty", "after_backward", "after_step"]
     steps = digits.steps(256)
-    assert calls == ["start", *(["epoch 0/2"] + steps * step + ["figures"]), *(["epoch 1/2"] + steps * step + ["figures"]),
-                     "finish"]
+    epochs = [[f"epoch {n}/2"] + steps * step + ["figures"] for n in range(2)]
+    assert calls == ["start", *epochs[0], *epochs[1], "finish"]
     assert run.rows[0]["conv1/one"] == 1.0
     assert "first,1,conv1,one,1.0" in (tmp_path / "run" / "layers.csv").read_text()

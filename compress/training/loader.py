@@ -1,8 +1,8 @@
 """Training data in memory: batches with random crops and flips, made by one indexed read each.
 
-All images of a set are one uint8 tensor [N, H + 2p, W + 2p, C], padded once by the ``p`` pixels that crops may shift. A
-batch is one gather of it, turned to float, normalised, and seen as [B, C, H, W] with channels last in memory, the layout
-that PyTorch's CPU convolutions like. Nothing is decoded, copied between processes or padded twice.
+All images of a set are one uint8 tensor [N, H + 2p, W + 2p, C], padded once by the ``p`` pixels that crops may shift.
+A batch is one gather of it, turned to float, normalised, and seen as [B, C, H, W] with channels last in memory, the
+layout that PyTorch's CPU convolutions like. Nothing is decoded, copied between processes or padded twice.
 """
 from dataclasses import dataclass
 import hashlib

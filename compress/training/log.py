@@ -1,5 +1,5 @@
-"""The log of a run: ``log.json`` (all rows), ``log.csv`` (a line for each epoch), ``layers.csv`` (one for each layer and
-figure of an epoch), all written again after each epoch, and two plots made from them."""
+"""The log of a run: ``log.json`` (all rows), ``log.csv`` (a line for each epoch) and ``layers.csv`` (one for each layer
+and figure of an epoch), all written again after each epoch, and two plots made from them."""
 import csv
 import io
 import json

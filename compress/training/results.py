@@ -1,8 +1,10 @@
 """What a run leaves: ``model.onnx`` (float), ``model.summand`` (the package) and ``report.json``, with the accuracy of
 each step on the full test set. The test set is looked at here only, once, after all choices are made."""
 from dataclasses import replace
+import hashlib
 from importlib.metadata import version
 import json
+from pathlib import Path
 import platform
 import time
 
@@ -37,6 +39,9 @@ def write(run, recipe, text, *, progress=None):
         (folder / "model.onnx").write_bytes(data)
         report = {
             "network": recipe.network, "seed": recipe.seed, "recipe_digest": run.digest, "recipe": text,
+            "weights": None if recipe.weights is None else {
+                "file": Path(recipe.weights).name,
+                "sha256": hashlib.sha256(Path(recipe.weights).read_bytes()).hexdigest()},
             "data": {"kind": recipe.data.kind, "digest": dataset.digest(), "train": len(dataset.train[1]),
                      "validation": len(dataset.validation[1]), "test": len(dataset.test[1])},
             "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "numpy", "onnx")},
@@ -61,7 +66,7 @@ def write(run, recipe, text, *, progress=None):
 
 def _with_results(network, report, accuracies):
     """The network with where it came from."""
-    facts = {k: report[k] for k in ("network", "seed", "recipe_digest", "data", "versions")}
+    facts = {k: report[k] for k in ("network", "seed", "recipe_digest", "weights", "data", "versions")}
     return replace(network, provenance=network.provenance | {"training": facts, "accuracy": accuracies})
 
 

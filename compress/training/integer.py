@@ -51,8 +51,6 @@ _LARGEST_SUM = BIAS.hi // 128
 _LARGEST_CHANGE = 8.0
 #: Elements that are requantised at once: their float64 copies stay in the processor's cache.
 _CHUNK = 1 << 17
-#: Shifts above it, with a residual operand, need the two floors one after the other to be exact in float64.
-_LARGEST_SHIFT = 27
 #: Figures of a layer that describe the weights before training.
 _STALE = ("dropped_nonzeros", "dropped_magnitude", "output_error", "weight_error", "weight_error_alpha",
           "weight_error_rank_one", "energy_ternary")
@@ -132,17 +130,14 @@ class Requantizer(NamedTuple):
 def requantized(sums, bias, r, residual=None):
     """``u_out`` of a layer, float32 [N, K, H, W] in channels-last order, exactly as `golden.requantize`.
 
-    ``A * m`` has at most 33 + 16 bits and the residual's 25 lie 2**-14 and up, so with ``shift <= 27`` one float64 sum
-    holds all bits and one floor suffices; otherwise the product is floored first.
+    ``A m`` has at most 33 + 16 bits. With the residual all bits lie 2**-45 and up (14 + 31 at the largest shift), so a
+    float64 holds every sum below 2**8, and what is rounded above lies beyond all limits of u: one floor suffices.
 
     Args: sums: integers as float32 or float64 [N, K, H, W]; bias: float64 [K]; r: Requantizer; residual: u_res or None.
     """
     sums = sums.permute(0, 2, 3, 1).contiguous()
     count, height, width, outputs = sums.shape
-    nested = residual is not None and int(r.shift.max()) > _LARGEST_SHIFT
-    scale = r.scale * (1 << FRACTION_BITS) if nested else r.scale
-    offset = bias * scale if nested else bias * scale + 0.5
-    scale, offset = _rows(scale, width), _rows(offset, width)
+    scale, offset = _rows(r.scale, width), _rows(bias * r.scale + 0.5, width)
     out = torch.empty(sums.shape, dtype=torch.float32)
     a, y = sums.view(-1, width * outputs), out.view(-1, width * outputs)
     if residual is not None:
@@ -151,10 +146,7 @@ def requantized(sums, bias, r, residual=None):
     for at in range(0, len(a), step):
         part = slice(at, at + step)
         t = torch.addcmul(offset, a[part].double(), scale)
-        if nested:
-            t.floor_().add_(other[part].double(), alpha=r.residual_multiplier).add_(1 << FRACTION_BITS - 1)
-            t.mul_(2.0 ** -FRACTION_BITS)
-        elif residual is not None:
+        if residual is not None:
             t.add_(other[part].double(), alpha=r.residual_multiplier * 2.0 ** -FRACTION_BITS)
         y[part].copy_(t.floor_()).clamp_(r.low, r.high)             # what float32 rounds lies beyond the limits
     return out.permute(0, 3, 1, 2)

@@ -202,7 +202,7 @@ def test_terms_that_overlap_stay_apart(rng):
 @pytest.mark.parametrize("shift", [0, 5, 27, 28, 31])
 @pytest.mark.parametrize("residual", [False, True])
 def test_requantisation_is_goldens(rng, shift, residual):
-    """Whole 32-bit sums, sums near ties, the largest multipliers and residuals; with shift above 27 both floors."""
+    """Whole 32-bit sums, sums near ties, the largest multipliers, shifts and residuals."""
     n, outputs = 4, 6
     multiplier = rng.integers(1 << 15, 1 << 16, outputs).astype(np.uint16)
     multiplier[0] = 65535
@@ -211,10 +211,14 @@ def test_requantisation_is_goldens(rng, shift, residual):
     acc = rng.integers(-span, span, (n, 5, 7, outputs))
     ties = ((2 * rng.integers(-100, 100, acc.shape) + 1) << shift + 13) // multiplier.astype(np.int64) - bias
     acc = np.where(rng.random(acc.shape) < 0.5, acc, np.clip(ties, -(1 << 31), (1 << 31) - 1))
+    other = rng.integers(-128, 128, acc.shape).astype(np.int8)
+    if residual:                                                     # ties of the sum with the residual
+        v = (other.astype(np.int64) + 100) * 65535 << shift
+        exact = (((2 * rng.integers(-90, 130, acc.shape) + 1) << shift + 13) - v) // multiplier.astype(np.int64) - bias
+        acc = np.where(rng.random(acc.shape) < 0.7, np.clip(exact, -(1 << 31), (1 << 31) - 1), acc)
     acc[0, 0, 0] = -(1 << 31)
     acc[0, 0, 1] = (1 << 31) - 1
     shifts = np.full(outputs, shift, np.uint8)
-    other = rng.integers(-128, 128, acc.shape).astype(np.int8)
     extra = {"residual": other, "residual_zero_point": -100, "residual_multiplier": 65535} if residual else {}
     want = requantize.requantize(acc, bias=bias, multiplier=multiplier, shift=shifts, zero_point=-28, low=-120,
                                  high=101, **extra)

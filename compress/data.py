@@ -126,8 +126,11 @@ def normalize(images, statistics):
     return (images.astype(np.float32) / np.float32(255) - mean) / deviation
 
 
-def load_source(text, *, raw=False):
-    """``KIND:PATH[:SPLIT]`` (split ``test`` unless given), normalised by `STATISTICS`.
+def load_source(text, *, raw=False, statistics=None):
+    """``KIND:PATH[:SPLIT]`` (split ``test`` unless given), normalised by ``statistics`` (`STATISTICS` unless given).
+
+    The first image of every class comes first, then the second of every class …, so that any number of images is a fair
+    sample, also of sets that are stored class by class.
 
     Returns: ({"x": float32 [N, C, H, W], or with ``raw`` uint8 [N, H, W, C] as stored, "labels": int64 [N]}, where the
     data came from). Raises: InputError.
@@ -137,8 +140,23 @@ def load_source(text, *, raw=False):
     if split not in SPLITS:
         path, split = rest, "test"
     images, labels = load(kind, path, split)
-    x = images if raw else normalize(images, STATISTICS[kind]).transpose(0, 3, 1, 2)
+    order = in_turns(labels)
+    images, labels = images[order], labels[order]
+    x = images if raw else normalize(images, statistics or STATISTICS[kind]).transpose(0, 3, 1, 2)
     return {"x": x, "labels": labels}, f"{kind} {split} ({Path(path).name})"
+
+
+def in_turns(labels):
+    """Indices that take the classes in turns, each class in its order.
+
+    >>> in_turns(np.array([0, 0, 0, 1, 1])).tolist()
+    [0, 3, 1, 4, 2]
+    """
+    rank = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels == label)
+        rank[own] = np.arange(len(own))
+    return np.lexsort((labels, rank))
 
 
 def is_source(text):

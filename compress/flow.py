@@ -40,6 +40,24 @@ def _input_format(net):
     return net.shapes[net.input], net.layout, net.integers and net.integers.tensors[net.input]
 
 
+def _statistics(net, source):
+    """(mean, standard deviation) per channel that a trained package names for the kind of data of ``source``, or None.
+
+    Raises: InputError unless they are numbers, one per channel.
+    """
+    trained = net.provenance.get("training") if isinstance(net, Network) else None
+    data = trained.get("data") if isinstance(trained, dict) else None
+    if not isinstance(data, dict) or data.get("kind") != str(source).partition(":")[0]:
+        return None
+    channels, found = net.tensors[net.input].channels, (data.get("mean"), data.get("std"))
+    for name, values, least in zip(("mean", "std"), found, (-np.inf, 0)):
+        if not isinstance(values, list) or len(values) != channels or not all(
+                isinstance(v, (int, float)) and np.isfinite(v) and v > least for v in values):
+            raise InputError(f"must be {channels} numbers, for std above 0", field=f"provenance.training.data.{name}",
+                             value=values)
+    return found
+
+
 def load_samples(source, net, *, limit=None):
     """Data for a graph or network.
 
@@ -50,7 +68,8 @@ def load_samples(source, net, *, limit=None):
         source: path of a .npy (``x``) or .npz (``x``, optionally ``labels``) file in the network file's own layout
             (ONNX: [N, C, H, W] or [N, features]; TFLite: [N, H, W, C] or flattened); ``demo:calibration``,
             ``demo:validation``, ``demo:heldout`` for the demo data; ``KIND:PATH[:SPLIT]`` for a data set
-            (`compress.data.load_source`; as uint8 pixels for TFLite); or None for seeded random data.
+            (`compress.data.load_source`; normalised as in training where the package says how, as uint8 pixels for
+            TFLite); or None for seeded random data.
         limit: most samples taken (the first ones).
     Returns: (x float32 [N, H, W, C], labels int64 [N] or None, where the data came from).
     Raises: InputError.
@@ -64,7 +83,7 @@ def load_samples(source, net, *, limit=None):
         x, labels = demo.digits(split)
         data, name = {"x": x, "labels": labels}, f"scikit-learn digits, split {split}"
     elif datasets.is_source(source):
-        data, name = datasets.load_source(source, raw=own is not None)
+        data, name = datasets.load_source(source, raw=own is not None, statistics=_statistics(net, source))
     else:
         data, name = arrays.load_data(source), Path(source).name
     try:

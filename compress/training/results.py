@@ -42,7 +42,8 @@ def write(run, recipe, text, *, progress=None):
             "weights": None if recipe.weights is None else {
                 "file": Path(recipe.weights).name,
                 "sha256": hashlib.sha256(Path(recipe.weights).read_bytes()).hexdigest()},
-            "data": {"kind": recipe.data.kind, "digest": dataset.digest(), "train": len(dataset.train[1]),
+            "data": {"kind": recipe.data.kind, "digest": dataset.digest(), "mean": list(dataset.mean),
+                     "std": list(dataset.std), "train": len(dataset.train[1]),
                      "validation": len(dataset.validation[1]), "test": len(dataset.test[1])},
             "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "numpy", "onnx")},
             "precision": recipe.precision, "threads": recipe.threads,

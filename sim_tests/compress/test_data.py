@@ -12,6 +12,7 @@ from PIL import Image
 import pytest
 
 from compress import arrays, data, flow, graph
+from compress.network import Network, Tensor
 from spec.errors import InputError
 
 SHARED = Path(os.environ.get("SUMMAND_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
@@ -160,7 +161,9 @@ def test_normalize_and_source(tmp_path):
     images, labels = cifar("test", seed=1)
     got, name = data.load_source(f"cifar10:{tmp_path}")
     mean, deviation = np.array([.4914, .4822, .4465]), np.array([.2470, .2435, .2616])
-    want = ((images / 255 - mean) / deviation).transpose(0, 3, 1, 2)
+    order = data.in_turns(labels)
+    labels = labels[order]
+    want = ((images[order] / 255 - mean) / deviation).transpose(0, 3, 1, 2)
     assert got["x"].dtype == np.float32 and name == f"cifar10 test ({tmp_path.name})"
     np.testing.assert_allclose(got["x"], want, atol=1e-6)
     assert np.array_equal(got["labels"], labels)
@@ -172,6 +175,33 @@ def test_normalize_and_source(tmp_path):
     assert np.array_equal(y, labels[:4]) and where == name
     with pytest.raises(InputError, match=r"must be \[N, 1, 8, 8\]"):
         flow.load_samples(f"cifar10:{tmp_path}", replace(net, shapes={"x": (8, 8, 1)}))
+
+
+def test_classes_come_in_turns():
+    labels = np.array([2, 2, 0, 0, 0, 1])
+    assert data.in_turns(labels).tolist() == [2, 5, 0, 3, 1, 4]
+    assert data.in_turns(np.tile(np.arange(10), 3)).tolist() == list(range(30))
+
+
+def test_trained_packages_say_how_to_normalize(tmp_path):
+    write(tmp_path, binary_files())
+    images, labels = cifar("test", seed=1)
+    order = data.in_turns(labels)
+
+    def trained(**facts):
+        tensor = Tensor(name="x", height=32, width=32, channels=3, scale=1.0, zero_point=0)
+        return Network(name="n", input="x", output="x", tensors={"x": tensor}, layers=(),
+                       provenance={"training": {"data": {"kind": "cifar10"} | facts}})
+
+    x, y, _ = flow.load_samples(f"cifar10:{tmp_path}", trained(mean=[0.5, 0.25, 0], std=[1, 2, 4]))
+    want = (images[order] / 255 - [0.5, 0.25, 0]) / [1, 2, 4]
+    np.testing.assert_allclose(x, want, atol=1e-6)
+    assert np.array_equal(y, labels[order])
+    for facts, field in (({"mean": [0, 0], "std": [1, 1, 1]}, "mean"),
+                         ({"mean": [0, 0, "a"], "std": [1, 1, 1]}, "mean"),
+                         ({"mean": [0, 0, 0], "std": [1, 1, 0]}, "std"), ({"mean": [0, 0, 0]}, "std")):
+        with pytest.raises(InputError, match=f"provenance.training.data.{field} must be 3 numbers"):
+            flow.load_samples(f"cifar10:{tmp_path}", trained(**facts))
 
 
 def damaged_png(change):

@@ -24,6 +24,7 @@ from pathlib import Path
 from compress import methods
 from compress.training import fields, networks
 from compress.training.fields import construct
+from compress.training.integer import LEARNED
 from compress.training.loader import Source
 from compress.training.schedule import Optimizer, Schedule
 from compress.training.techniques import build as technique
@@ -96,18 +97,20 @@ class Package:
         methods, as in a compression recipe; ``config``: for methods that need one.
         calibration: training images that decide the activation formats. observer, percentile: how
         (`compress.quantize.ranges`). integer: a `Stage` without techniques that trains the quantised network, exactly
-        as integers compute it; without it, quantisation after training.
+        as integers compute it; without it, quantisation after training. learn_scales: which scales that stage learns
+        besides weights and biases, ``none``, ``weights``, ``activations`` or ``all``.
     """
 
     def __init__(self, *, method="dense", layers=None, config=None, calibration=512, observer="minmax",
-                 percentile=99.99, integer=None):
-        self.key = repr((method, layers, calibration, observer, percentile, integer))
+                 percentile=99.99, integer=None, learn_scales="none"):
+        self.key = repr((method, layers, calibration, observer, percentile, integer, learn_scales))
         self.methods = methods.from_tree({"method": method} | ({} if layers is None else {"layers": layers}))
         if self.methods.default.searched:
             raise InputError("must not be searched: use summand compress on the run's model.onnx", field="method",
                              value=method)
         self.config = None if config is None else configs.load(config)
         self.calibration = fields.whole(calibration, "calibration", low=1, high=1 << 16)
+        self.learn_scales = fields.choice(learn_scales, "learn_scales", LEARNED)
         self.observer, self.percentile = observer, fields.number(percentile, "percentile", low=50, high=100)
         if integer is not None:
             integer = {"name": "integer"} | integer if isinstance(integer, dict) else integer
@@ -122,9 +125,9 @@ class Recipe:
 
     Args:
         network, weights, data, stages, package: see there. seed: of everything random. precision: of the
-        convolutions in training, ``bfloat16`` (twice as fast where the processor has it) or ``float32``; integer
-        training and all evaluation are float32. threads: of PyTorch; results are the same for equal threads only.
-        deterministic: refuse operations whose results could differ between runs.
+        convolutions in training, ``bfloat16`` (twice as fast where the processor has it) or ``float32``; all
+        evaluation is float32, and integer training exact in both. threads: of PyTorch and NumPy; results are the same
+        for equal threads only. deterministic: refuse operations whose results could differ between runs.
     """
 
     def __init__(self, *, network, data, stages, weights=None, seed=1, precision="bfloat16", threads=1,

@@ -86,10 +86,10 @@ def _package(run, recipe, tell):
                           progress=lambda message, fraction: tell(message, fraction))
     methods = replace(plan.methods, layers={graphs.layer_name(n): m for n, m in plan.methods.layers.items()})
     network = quantizer.network(methods, provenance={"source": "model.onnx", "data_is_random": False})
-    module = IntegerNetwork(network, graph)
+    module = IntegerNetwork(network, graph, learn_scales=plan.learn_scales)
     figures = {"quantized": trainer.accuracy(module, dataset, "test")}
     if plan.integer is not None:
-        run.epochs(plan.integer, module, len(recipe.stages), precision="float32", key=plan.key)
+        run.epochs(plan.integer, module, len(recipe.stages), key=plan.key)
         network = module.to_network()
         figures["integer_trained"] = trainer.accuracy(module, dataset, "test")
     figures["golden"] = golden_accuracy(network, dataset, trainer.logits_of(module, dataset, "test"), tell)

@@ -130,11 +130,11 @@ class Trainer:
                           "validation_accuracy": accuracy(self.model, self.dataset, "validation")})
         log.write(self.folder, self.rows)
 
-    def epochs(self, stage, model, number, techniques=(), *, precision=None, key=""):
+    def epochs(self, stage, model, number, techniques=(), *, key=""):
         """The epochs of ``stage`` on ``model``, each followed by a checkpoint; those that a killed run has done are
         taken from its checkpoint, if that is of the same stage ``number`` and ``key`` (what the recipe's digest leaves
         out)."""
-        phase = Phase(stage, model, self.dataset, precision=precision or self.recipe.precision,
+        phase = Phase(stage, model, self.dataset, precision=self.recipe.precision,
                       generator=self.generator, techniques=techniques,
                       teacher=stage.distill and self.teacher(stage.distill))
         saved, first = self.saved, 0
@@ -193,14 +193,18 @@ class Trainer:
 def settings(recipe):
     """Global settings while a run lasts: threads of PyTorch and of NumPy's linear algebra, determinism."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.set_num_threads(recipe.threads)
     torch.use_deterministic_algorithms(recipe.deterministic)
+    # determinism does not need it where no operation reads memory that it has not written; it costs up to a fifth
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         with threadpool_limits(recipe.threads, user_api="blas"):
             yield
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 class Phase:

@@ -336,10 +336,13 @@ def train(args):
     plan, digest, text = recipe.load(args.recipe, data=args.data, weights=args.weights)
     with progress_bar() as progress:
         progress("read the data", None)
-        dataset = plan.data.load(seed=plan.seed)
-        job = trainer.Trainer(plan, digest, dataset, args.out, progress=progress)
-        job.run(restart=args.restart)
-        report = results.write(job, plan, text, progress=progress)
+        try:
+            dataset = plan.data.load(seed=plan.seed)
+            job = trainer.Trainer(plan, digest, dataset, args.out, progress=progress)
+            job.run(restart=args.restart)
+            report = results.write(job, plan, text, progress=progress)
+        except InputError as error:
+            raise error.within(args.recipe) from None
     rows = [(name.replace("_", " "), f"{100 * value:.2f}") for name, value in report["accuracy"].items()]
     table(f"{plan.network}, {report['data']['test']} test images", ("", "accuracy / %"), rows)
     print(f"{report['epochs']} epochs, {report['training_seconds']:.0f} s of training; results in {args.out}")

@@ -5,6 +5,7 @@ Each function returns the value in its type or raises InputError naming field, r
 from difflib import get_close_matches
 import inspect
 import math
+from pathlib import Path
 
 from spec.errors import InputError
 
@@ -12,7 +13,8 @@ from spec.errors import InputError
 def number(value, field, *, low=-math.inf, high=math.inf, above=None, below=None):
     """A finite float in ``low..high``; ``above`` and ``below`` exclude their limit."""
     try:
-        result = math.nan if isinstance(value, bool) else float(value)
+        odd = isinstance(value, bool) or isinstance(value, str) and ("_" in value or not value.isascii())
+        result = math.nan if odd else float(value)               # float() takes 1_0 and digits of other scripts
     except (TypeError, ValueError):
         result = math.nan
     limits = (("at least", low if low > -math.inf else None), ("above", above),
@@ -45,9 +47,16 @@ def flag(value, field):
 
 def choice(value, field, known):
     """One of the words ``known``."""
-    if value not in known:
+    if value not in tuple(known):                            # a list or mapping cannot be looked up in a dict
         raise InputError(f"must be one of {', '.join(known)}", field=field, value=value)
     return value
+
+
+def path(value, field):
+    """The name of a file or folder, as text."""
+    if not isinstance(value, (str, Path)) or not str(value) or "\0" in str(value):
+        raise InputError("must be a path", field=field, value=value)
+    return str(value)
 
 
 def wholes(value, field, *, low=0, high=1 << 31, length=None):

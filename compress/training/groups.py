@@ -50,6 +50,9 @@ class Groups:
             if self.kind == "pattern" and (len(shape) != 4 or self.taps > prod(shape[2:])):
                 raise InputError(f"must be a convolution of at least {self.taps} taps", field=f"layers.{name}",
                                  value=shape)
+            if self.kind == "block" and (self.block[0] > shape[0] or self.block[1] > shape[1]):
+                raise InputError(f"must be at most {list(shape[:2])}, the channels of layer {name}", field="block",
+                                 value=list(self.block))
             if self.kind == "nm" and max(m for _, m in self.patterns) > shape[1]:
                 raise InputError(f"must have at least M = {max(m for _, m in self.patterns)} input channels",
                                  field=f"layers.{name}", value=shape[1])

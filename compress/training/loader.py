@@ -39,9 +39,12 @@ class Source:
         if (path is None) != (kind in BUILT_IN):
             raise InputError("must be given" if path is None else "must not be given: the data are built in",
                              field="path")
-        self.path = path
+        self.path = None if path is None else fields.path(path, "path")
         self.validation = fields.whole(validation, "validation")
         self.limit = fields.whole(limit, "limit")
+        for field, value in (("validation", self.validation), ("limit", self.limit)):
+            if value and kind in BUILT_IN:
+                raise InputError("must not be given: the splits are built in", field=field, value=value)
         default = AUGMENTATION[self.kind]
         self.shift = default[0] if shift is None else fields.whole(shift, "shift", high=16)
         self.flip = default[1] if flip is None else fields.flag(flip, "flip")

@@ -22,6 +22,8 @@ import json
 from pathlib import Path
 
 from compress import methods
+from compress.basis import plan as plan_basis
+from compress.quantize import OBSERVERS
 from compress.training import fields, networks
 from compress.training.fields import construct
 from compress.training.integer import LEARNED
@@ -43,7 +45,7 @@ class Distill:
     """
 
     def __init__(self, *, network=None, weights=None, weight=0.9, temperature=4.0):
-        self.network, self.weights = network, weights
+        self.network, self.weights = network, None if weights is None else fields.path(weights, "weights")
         if network is not None:
             fields.choice(network, "network", networks.NETWORKS)
             if weights is None:
@@ -73,7 +75,7 @@ class Stage:
         if self.epochs and optimizer is None:
             raise InputError("must be given", field="optimizer")
         self.optimizer = None if optimizer is None else _part(Optimizer, optimizer, "optimizer")
-        self.schedule = _part(Schedule, schedule or {}, "schedule")
+        self.schedule = _part(Schedule, {} if schedule is None else schedule, "schedule")
         self.batch = fields.whole(batch, "batch", low=1, high=1 << 16)
         self.smoothing = fields.number(smoothing, "smoothing", low=0, below=1)
         self.distill = None if distill is None else _part(Distill, distill, "distill")
@@ -103,17 +105,26 @@ class Package:
 
     def __init__(self, *, method="dense", layers=None, config=None, calibration=512, observer="minmax",
                  percentile=99.99, integer=None, learn_scales="none"):
-        self.key = repr((method, layers, calibration, observer, percentile, integer, learn_scales))
         self.methods = methods.from_tree({"method": method} | ({} if layers is None else {"layers": layers}))
         if self.methods.default.searched:
             raise InputError("must not be searched: use summand compress on the run's model.onnx", field="method",
                              value=method)
-        self.config = None if config is None else configs.load(config)
+        self.config = None if config is None else _config(config)
+        self.key = repr((method, layers, calibration, observer, percentile, integer, learn_scales))
+        if self.config is not None:
+            self.key += self.config.digest
+        for method in (self.methods.default, *self.methods.layers.values()):
+            if method.basis is not None:
+                plan_basis(method.basis, self.config)            # a pattern that its engine does not take
         self.calibration = fields.whole(calibration, "calibration", low=1, high=1 << 16)
         self.learn_scales = fields.choice(learn_scales, "learn_scales", LEARNED)
-        self.observer, self.percentile = observer, fields.number(percentile, "percentile", low=50, high=100)
+        self.observer = fields.choice(observer, "observer", OBSERVERS)
+        self.percentile = fields.number(percentile, "percentile", low=50, high=100)
         if integer is not None:
-            integer = {"name": "integer"} | integer if isinstance(integer, dict) else integer
+            if isinstance(integer, dict):
+                if "name" in integer:
+                    raise InputError("must not be given: it is integer", field="integer.name", value=integer["name"])
+                integer = {"name": "integer"} | integer
             integer = _part(Stage, integer, "integer")
             if integer.options:
                 raise InputError("must not be given: formats are fixed by then", field="integer.techniques")
@@ -133,7 +144,7 @@ class Recipe:
     def __init__(self, *, network, data, stages, weights=None, seed=1, precision="bfloat16", threads=1,
                  deterministic=True, package=None):
         self.network = fields.choice(network, "network", networks.NETWORKS)
-        self.weights = weights
+        self.weights = None if weights is None else fields.path(weights, "weights")
         self.data = _part(Source, data, "data")
         self.seed = fields.whole(seed, "seed")
         self.precision = fields.choice(precision, "precision", PRECISIONS)
@@ -146,6 +157,16 @@ class Recipe:
         if len(set(names)) != len(names) or "integer" in names:
             raise InputError("must have different names, none of them integer", field="stages", value=names)
         self.package = None if package is None else _part(Package, package, "package")
+
+
+def _config(name):
+    """Configuration of a preset or a file."""
+    try:
+        return configs.load(fields.path(name, "config"))
+    except InputError as error:
+        if error.source is None:
+            raise
+        raise InputError(f"must be a good configuration ({error})", field="config") from None
 
 
 def _part(cls, options, field):

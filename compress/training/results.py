@@ -16,6 +16,7 @@ from compress.quantize import Calibration, Quantizer
 from compress.training import export, log, trainer
 from compress.training.integer import IntegerNetwork
 from compress.training.techniques.ternary import export_decompositions
+from spec.errors import InputError
 
 #: Images of one golden step.
 GOLDEN_BATCH = 100
@@ -36,7 +37,7 @@ def write(run, recipe, text, *, progress=None):
         accuracies = {"float": trainer.accuracy(run.model, dataset, "test")}
         model = export.to_onnx(run.model, name=recipe.network)
         data = model.SerializeToString()
-        (folder / "model.onnx").write_bytes(data)
+        log.replace(folder / "model.onnx", lambda part: part.write_bytes(data))
         report = {
             "network": recipe.network, "seed": recipe.seed, "recipe_digest": run.digest, "recipe": text,
             "weights": None if recipe.weights is None else {
@@ -50,7 +51,10 @@ def write(run, recipe, text, *, progress=None):
             "parameters": sum(p.numel() for p in run.model.parameters()), "onnx_bytes": len(data),
         }
         if recipe.package is not None:
-            network, figures = _package(run, recipe, tell)
+            try:
+                network, figures = _package(run, recipe, tell)
+            except InputError as error:
+                raise (error if error.source else error.inside("package")) from None
             accuracies |= figures
             package.save(_with_results(network, report, accuracies), folder / "model.summand", packed=True)
             report["package_bytes"] = (folder / "model.summand").stat().st_size
@@ -61,7 +65,7 @@ def write(run, recipe, text, *, progress=None):
     report["training_seconds"] = sum(r.get("seconds", 0) for r in run.rows)
     report["results_seconds"] = time.monotonic() - began
     log.plots(folder, run.rows)
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    log.replace_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
     return report
 
 

@@ -3,7 +3,7 @@ regularisers, pruning and factorisation.
 
 The trainer calls the hooks of every technique of a stage in the order of the recipe::
 
-    start(model)                                   once, before the optimiser is made; also when a run resumes
+    start(model), check(epochs)                    once, before the optimiser is made; also when a run resumes
     for each epoch:
         begin_epoch(epoch, epochs)
         for each batch:  loss + sum of penalty();  backward;  after_backward();  optimiser step;  after_step()
@@ -13,7 +13,8 @@ The trainer calls the hooks of every technique of a stage in the order of the re
 `start` and `finish` may exchange parametrisations, masks or whole layers of the model in place (``setattr`` on the
 parent module); the optimiser is made from ``model.parameters()`` after `start`. When a run resumes, `start` and
 `finish` of the stages before are called again on the weights of that time, so both must depend on nothing but the
-model's state, the technique's options and `load_state_dict`.
+model's state, the technique's options and `load_state_dict`. Before a run begins, the same calls on the first weights,
+with fresh techniques, find options that do not fit (`Technique.foreseeable`).
 """
 from fnmatch import fnmatchcase
 
@@ -29,9 +30,15 @@ class Technique:
     """Base of all techniques; every hook does nothing. Options are keyword-only arguments of ``__init__`` with plain
     YAML values; bad ones raise InputError naming the field."""
 
+    #: Whether the forms and shapes that `finish` leaves follow from the options alone, not from trained weights.
+    foreseeable = True
+
     def start(self, model):
         """Attach to ``model``. Raises: InputError for layers or options that do not fit it."""
         self.model = model
+
+    def check(self, epochs):
+        """Raises: InputError if the options do not fit a stage of ``epochs``; called after `start`."""
 
     def begin_epoch(self, epoch, epochs):
         """Before epoch ``epoch`` of ``epochs`` (from 0)."""

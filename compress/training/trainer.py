@@ -6,23 +6,24 @@ before their techniques' `finish`), the logs (`compress.training.log`) and, in t
 finish of the stages before, and goes on. All files are read without running code (``weights_only=True``).
 """
 from contextlib import contextmanager
-import os
+from dataclasses import replace
+import hashlib
 from pathlib import Path
-import pickle       # for its exception alone
 import time
-import zipfile
+import warnings
 
 from threadpoolctl import threadpool_limits
 import torch
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
+from compress import graph
 from compress.training import log, networks, weights
+from compress.training.parametrizations import materialize
+from compress.training.technique import weighted_layers
 from spec.errors import InputError
+from spec.strict_yaml import read_regular_file
 
-#: What `torch.load` raises for files that are not what they should be.
-DAMAGED = (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, pickle.UnpicklingError,
-           zipfile.BadZipFile)
 #: Images of one evaluation step.
 EVALUATION_BATCH = 500
 
@@ -45,20 +46,24 @@ class Trainer:
     def build(self):
         """The network of the recipe with its first weights."""
         torch.manual_seed(self.recipe.seed)                  # layers initialise themselves from PyTorch's generator
-        model = networks.build(self.recipe.network, self.dataset.classes)
-        if tuple(model.input_shape) != self.dataset.shape:
-            raise InputError(f"needs images of {model.input_shape} (channels, height, width)", field="network",
-                             value=self.dataset.shape)
+        model = self._network(self.recipe.network)
         if self.recipe.weights is not None:
             weights.load(model, self.recipe.weights)
         return model.to(memory_format=torch.channels_last)
+
+    def _network(self, name, field="network"):
+        model = networks.build(name, self.dataset.classes)
+        if tuple(model.input_shape) != self.dataset.shape:
+            raise InputError(f"needs images of {model.input_shape} (channels, height, width)", field=field,
+                             value=self.dataset.shape)
+        return model
 
     def teacher(self, distill):
         """The network that a stage is distilled from, in evaluation mode."""
         if distill.network is None:
             model = self.build()
         else:
-            model = networks.build(distill.network, self.dataset.classes)
+            model = self._network(distill.network, "distill.network")
             weights.load(model, distill.weights)
         return model.to(memory_format=torch.channels_last).requires_grad_(False).eval()
 
@@ -68,12 +73,18 @@ class Trainer:
 
         Raises: InputError if the folder holds a run of another recipe, or a damaged checkpoint.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if restart:
-            for path in (*self.folder.glob("stage-*.pt"), self.folder / "checkpoint.pt"):
-                path.unlink(missing_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if restart:
+                for path in (*self.folder.glob("stage-*.pt"), self.folder / "checkpoint.pt"):
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(f"must be a folder that can be written ({error.strerror})", source=self.folder) from None
+        self.inputs = self._inputs()
         self.saved = self._read("checkpoint.pt")
         with settings(self.recipe):
+            if self.saved is None:
+                self._rehearse()
             self.generator.manual_seed(self.recipe.seed)
             self.model = self.build()
             first = 0
@@ -84,6 +95,34 @@ class Trainer:
             for number in range(first, len(self.recipe.stages)):
                 self._stage(number)
         return self.model
+
+    def _inputs(self):
+        """sha256 of the first weights and of the data, which a run must not change on its way."""
+        path = self.recipe.weights
+        first = read_regular_file(path, max_bytes=weights.MAX_FILE_BYTES) if path is not None else b""
+        return hashlib.sha256(hashlib.sha256(first).digest() + self.dataset.digest().encode()).hexdigest()
+
+    def _rehearse(self):
+        """What stages ask for that the network cannot give is found before any of them is trained, as far as it does
+        not depend on trained weights."""
+        self.model = self.build()
+        for stage in self.recipe.stages:
+            if stage.distill is not None:
+                self.teacher(stage.distill)
+            techniques = self._start(stage)
+            if not all(t.foreseeable for t in techniques):
+                return
+            self._end(stage, techniques)
+        plan = self.recipe.package
+        if plan is not None:
+            if plan.integer is not None and plan.integer.distill is not None:
+                self.teacher(plan.integer.distill)
+            names = [graph.layer_name(name) for name in weighted_layers(materialize(self.model))]
+            layers = {graph.layer_name(name): method for name, method in plan.methods.layers.items()}
+            try:
+                replace(plan.methods, layers=layers).check(names)
+            except InputError as error:
+                raise error.inside("package") from None
 
     def _replay(self, number):
         """A finished stage again, from its stored weights."""
@@ -100,22 +139,40 @@ class Trainer:
         for n, technique in enumerate(techniques):
             try:
                 technique.start(self.model)
+                technique.check(stage.epochs)
             except InputError as error:
                 raise error.inside(f"stage {stage.name}: techniques[{n}]") from None
         return techniques
 
-    def _restore(self, model, saved, techniques, name):
+    def _end(self, stage, techniques):
+        """`finish` of all techniques."""
+        for n, technique in enumerate(techniques):
+            field = f"stage {stage.name}: techniques[{n}]"
+            try:
+                technique.finish()
+            except InputError as error:
+                raise error.inside(field) from None
+            except AttributeError:
+                if len(techniques) == 1:
+                    raise
+                raise InputError("must not share layers with another technique of the stage that gives them a form",
+                                 field=field) from None
+
+    def _restore(self, model, saved, techniques, name, phase=None):
         try:
             model.load_state_dict(saved["model"])
             for technique, state in zip(techniques, saved["techniques"], strict=True):
                 technique.load_state_dict(state)
-        except DAMAGED as error:
-            text = str(error).splitlines()[0][:160]
+            if phase is not None:
+                phase.load_state_dict(saved["phase"])
+            self.generator.set_state(saved["generator"])         # what comes next is as without an interruption
+            torch.set_rng_state(saved["torch_generator"])
+        except weights.DAMAGED as error:
+            text = (str(error).splitlines() or [type(error).__name__])[0][:160]
             raise InputError(f"must fit the recipe ({text})", source=self.folder / name) from None
 
     def _finish(self, stage, techniques):
-        for technique in techniques:
-            technique.finish()
+        self._end(stage, techniques)
         self.model.to(memory_format=torch.channels_last)
         if stage.settle:
             settle(self.model, self.dataset, stage, torch.Generator().manual_seed(self.recipe.seed))
@@ -138,11 +195,8 @@ class Trainer:
                       generator=self.generator, techniques=techniques,
                       teacher=stage.distill and self.teacher(stage.distill))
         saved, first = self.saved, 0
-        if saved is not None and saved["stage"] == number and saved["key"] == key:
-            self._restore(model, saved, techniques, "checkpoint.pt")
-            phase.load_state_dict(saved["phase"])
-            self.generator.set_state(saved["generator"])
-            torch.set_rng_state(saved["torch_generator"])
+        if saved is not None and saved["stage"] == number and saved.get("key") == key:
+            self._restore(model, saved, techniques, "checkpoint.pt", phase)
             first = saved["epoch"]
         else:
             self.rows = [row for row in self.rows if row["stage"] != stage.name]
@@ -169,23 +223,30 @@ class Trainer:
                            "techniques": [t.state_dict() for t in techniques]} | more)
 
     def _write(self, name, content):
-        part = self.folder / f".{name}.part"
-        torch.save(content | {"recipe": self.digest, "generator": self.generator.get_state(),
-                              "torch_generator": torch.get_rng_state()}, part)
-        os.replace(part, self.folder / name)
+        content |= {"recipe": self.digest, "inputs": self.inputs, "generator": self.generator.get_state(),
+                    "torch_generator": torch.get_rng_state()}
+        log.replace(self.folder / name, lambda part: torch.save(content, part))
 
     def _read(self, name):
         path = self.folder / name
         if not path.exists():
             return None
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            recipe = saved["recipe"]
-        except DAMAGED as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")                  # advice on old formats
+                saved = torch.load(path, map_location="cpu", weights_only=True)
+            recipe, whole = saved["recipe"], (saved["stage"], saved["epoch"])
+            if not all(isinstance(n, int) and n >= 0 for n in whole) or \
+                    not all(isinstance(row["stage"], str) for row in list(saved["rows"])):
+                raise ValueError
+        except weights.DAMAGED as error:
             raise InputError(f"must be a checkpoint of summand train ({type(error).__name__}); --restart begins anew",
                              source=path) from None
         if recipe != self.digest:
             raise InputError("is a checkpoint of another recipe; choose another --out, or --restart", source=path)
+        if saved.get("inputs", self.inputs) != self.inputs:
+            raise InputError("is a checkpoint of a run on other first weights or data; choose another --out, or "
+                             "--restart", source=path)
         return saved
 
 
@@ -234,6 +295,9 @@ class Phase:
             if not total < float("inf"):
                 raise InputError(f"diverged in epoch {number + 1} (the loss is not finite): a smaller rate may help",
                                  field=f"stage {stage.name}")
+        if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+            raise InputError(f"diverged in epoch {number + 1} (a weight is not finite): a smaller rate may help",
+                             field=f"stage {stage.name}")
         seconds = time.monotonic() - began
         figures = {}
         for technique in self.techniques:

@@ -14,6 +14,7 @@ other may be; only ``num_batches_tracked`` may be missing, which does not change
 from pathlib import Path
 import pickle       # for its exception alone
 import struct
+import warnings
 import zipfile
 
 from google.protobuf.message import DecodeError
@@ -29,7 +30,7 @@ from spec.strict_yaml import read_regular_file
 
 MAX_FILE_BYTES = 2 << 30
 #: What the readers raise for files that are not what they should be.
-_DAMAGED = (OSError, RuntimeError, ValueError, TypeError, EOFError, KeyError, IndexError, AttributeError, OverflowError,
+DAMAGED = (OSError, RuntimeError, ValueError, TypeError, EOFError, KeyError, IndexError, AttributeError, OverflowError,
             MemoryError, AssertionError, ImportError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile,
             safetensors.SafetensorError, DecodeError)
 
@@ -101,8 +102,10 @@ def _plain(state):
 def _state_dict(path, model):
     _size(path)
     try:
-        raw = torch.load(path, map_location="cpu", weights_only=True)
-    except _DAMAGED as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                      # advice on old formats
+            raw = torch.load(path, map_location="cpu", weights_only=True)
+    except DAMAGED as error:
         raise InputError(f"must be a PyTorch state dict ({type(error).__name__})") from None
     if isinstance(raw, dict) and isinstance(raw.get("state_dict"), dict):
         raw = raw["state_dict"]
@@ -115,7 +118,7 @@ def _safetensors(path, model):
     _size(path)
     try:
         return _plain(safetensors.torch.load_file(path))
-    except _DAMAGED as error:
+    except DAMAGED as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"must be an undamaged safetensors file ({type(error).__name__})") from None
@@ -126,7 +129,7 @@ def _onnx(path, model):
     data, proto = read_regular_file(path, max_bytes=MAX_FILE_BYTES), onnx.ModelProto()
     try:
         proto.ParseFromString(data)
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise InputError(f"must be an ONNX model ({type(error).__name__})") from None
     wanted = model.state_dict()
     fixed = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, PadShortcut)}
@@ -145,7 +148,7 @@ def _onnx(path, model):
             raise InputError("must lie inside the file", field=field)
         try:
             found[tensor.name] = torch.from_numpy(numpy_helper.to_array(tensor).copy())
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise InputError(f"must hold the elements of its shape ({type(error).__name__})", field=field) from None
     return found
 

@@ -24,7 +24,7 @@ def build(options, *, field="projection"):
     if not isinstance(options, dict) or "kind" not in options:
         raise InputError("must be a mapping with kind", field=field, value=options)
     kind = options["kind"]
-    if kind not in PROJECTIONS:
+    if kind not in tuple(PROJECTIONS):                           # a list or mapping cannot be looked up in a dict
         near = get_close_matches(str(kind), PROJECTIONS, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise InputError(f"must be one of {', '.join(PROJECTIONS)}{hint}", field=f"{field}.kind", value=kind)

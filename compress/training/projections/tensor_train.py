@@ -74,12 +74,12 @@ class TensorTrain(Projection):
         self.factor = None if factor is None else fields.number(factor, "factor", above=1, high=1000)
         self.out_modes, self.in_modes = (None if modes is None else fields.wholes(modes, name, low=1)
                                          for name, modes in (("out_modes", out_modes), ("in_modes", in_modes)))
-        if self.factor and (self.out_modes or self.in_modes):
-            raise InputError("must not be given with factor", field="out_modes" if self.out_modes else "in_modes")
+        if self.factor and (out_modes is not None or in_modes is not None):
+            raise InputError("must not be given with factor", field="in_modes" if out_modes is None else "out_modes")
 
     def resolve(self, shape):
         """(ranks, out_modes, in_modes) for weights of ``shape``. Raises: InputError."""
-        ranks = self.ranks or (1, *chosen_ranks(shape, self.factor), 1)
+        ranks = (1, *chosen_ranks(shape, self.factor), 1) if self.ranks is None else self.ranks
         return check_modes(shape, ranks, self.out_modes, self.in_modes)
 
     def check(self, shape):

@@ -28,7 +28,7 @@ def build(options, *, field="technique"):
     if not isinstance(options, dict) or "kind" not in options:
         raise InputError("must be a mapping with kind", field=field, value=options)
     kind = options["kind"]
-    if kind not in TECHNIQUES:
+    if kind not in tuple(TECHNIQUES):                           # a list or mapping cannot be looked up in a dict
         near = get_close_matches(str(kind), TECHNIQUES, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise InputError(f"must be one of {', '.join(TECHNIQUES)}{hint}", field=f"{field}.kind", value=kind)

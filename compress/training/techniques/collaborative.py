@@ -70,6 +70,8 @@ class Collaborative(Technique):
     The stage needs at least one epoch; its optimiser's options have no effect.
     """
 
+    foreseeable = False
+
     def __init__(self, *, ratio, look_ahead=allocation.LOOK_AHEAD, equal="share", layers=None):
         self.ratio = fields.number(ratio, "ratio", above=0, below=1)
         self.look_ahead = fields.number(look_ahead, "look_ahead", low=0)
@@ -86,6 +88,10 @@ class Collaborative(Technique):
         self.batches, self.positions, self.chosen = 0, {}, {}
         self.held = [value.detach().clone() for value in self._state()]
         self.hooks = [layer.register_forward_hook(self._observer(name)) for name, layer in self.targets.items()]
+
+    def check(self, epochs):
+        if not epochs:
+            raise InputError("needs a stage of at least one epoch", field="collaborative")
 
     def _observer(self, name):
         def observe(layer, inputs, output):

@@ -176,10 +176,12 @@ class Factorize(Technique):
         norm = float(dense.norm())
         self.errors[name] = float((dense - self.layers[name].weight).norm()) / norm if norm else 0.0
 
-    def begin_epoch(self, epoch, epochs):
-        for field, value, most in (("at", self.at, epochs - 1), ("merge_at", self.merge_at or 0, epochs)):
+    def check(self, epochs):
+        for field, value, most in (("at", self.at, max(0, epochs - 1)), ("merge_at", self.merge_at or 0, epochs)):
             if value > most:
                 raise InputError(f"must be at most {most} in a stage of {epochs} epochs", field=field, value=value)
+
+    def begin_epoch(self, epoch, epochs):
         for name, layer in self.layers.items():
             if epoch == self.at > 0:
                 dense = layer.weight.detach().clone()

@@ -136,6 +136,8 @@ class Lines(Technique):
     `finish` leaves the form `DenseBlocks`; its ``compact(layer)`` is the layer for inference.
     """
 
+    foreseeable = False
+
     def __init__(self, *, strength, regularizer="hoyer_square", block=None, lines="both", threshold=None, std=None,
                  layers=None):
         self.strength = fields.number(strength, "strength", low=0)

@@ -32,6 +32,8 @@ class Shrink(Technique):
     Attributes: facts: after `finish`, {layer: {"inputs": (before, after), "outputs": …, "basis": …}}.
     """
 
+    foreseeable = False
+
     def __init__(self, *, layers=None, prune="std", std_factor=1.0):
         self.layers = layers
         self.prune = fields.choice(prune, "prune", ("std", "none"))

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from compress.training import fields
 from compress.training.masks import choose, fix_mask, nm_mask, parse_series, release
 from compress.training.technique import Technique, options_of
+from spec.errors import InputError
 
 
 class _Masked(torch.autograd.Function):
@@ -75,7 +76,7 @@ class SRSTE(Technique):
 
     def __init__(self, *, pattern="2:4", decay=2e-4, layers=None, freeze_at=1.0):
         self.patterns = parse_series(pattern, "pattern")
-        self.decay = fields.number(decay, "decay", low=0)
+        self.decay = fields.number(decay, "decay", low=0, high=1e6)
         self.layers = layers
         self.freeze_at = fields.number(freeze_at, "freeze_at", low=0, high=1)
         own = layers if isinstance(layers, dict) else {}
@@ -96,6 +97,9 @@ class SRSTE(Technique):
             form = SparseRefined(patterns=chosen[name], decay=self.decay, mask=nm_mask(layer.weight, chosen[name]))
             parametrize.register_parametrization(layer, "weight", form)
             self.sparse[name] = layer
+        if not self.sparse:
+            raise InputError("must fit a layer: all have fewer input channels than M, or are dense", field="pattern",
+                             value="+".join(map(str, self.patterns)))
 
     def _forms(self):
         """(name, parametrisation, latent weight) of each sparse layer."""

@@ -114,6 +114,8 @@ class SVDTraining(Technique):
     plain weight.
     """
 
+    foreseeable = False
+
     def __init__(self, *, form="channel", regularizer="hoyer", strength=0.003, orthogonality=2.0, energy=1e-3,
                  layers=None):
         self.form = fields.choice(form, "form", FORMS)

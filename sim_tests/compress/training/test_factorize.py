@@ -171,7 +171,7 @@ def test_stages_that_are_too_short():
         technique = build(projection=TT, layers=["2"], **options)
         technique.start(small.net())
         with pytest.raises(InputError, match=text):
-            technique.begin_epoch(0, 4)
+            technique.check(4)
     with pytest.raises(InputError, match=r"^layers.2.ranks\[2\] must be at most 8 \(redundant\), not 9"):
         build(projection=TT | {"ranks": [1, 8, 9, 1]}, layers=["2"]).start(small.net())
 

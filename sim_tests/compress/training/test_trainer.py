@@ -321,6 +321,7 @@ def test_hooks_are_called_in_their_order(tmp_path, digits):
     step = ["penalty", "after_backward", "after_step"]
     steps = digits.steps(256)
     epochs = [[f"epoch {n}/2"] + steps * step + ["figures"] for n in range(2)]
-    assert calls == ["start", *epochs[0], *epochs[1], "finish"]
+    rehearsal = ["start", "finish"]
+    assert calls == [*rehearsal, "start", *epochs[0], *epochs[1], "finish"]
     assert run.rows[0]["conv1/one"] == 1.0
     assert "first,1,conv1,one,1.0" in (tmp_path / "run" / "layers.csv").read_text()

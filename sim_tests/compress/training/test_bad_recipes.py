@@ -84,7 +84,8 @@ def test_techniques_of_a_later_stage(tmp_path, capsys, technique, words):
 
 def test_measuring_needs_an_epoch(tmp_path, capsys):
     stage = "stages: [{name: a, epochs: 0, techniques: [{kind: collaborative, ratio: 0.5}]}]\n"
-    refused(capsys, train(tmp_path, HEAD + stage), "stage a: techniques[0].collaborative needs a stage of at least one epoch")
+    refused(capsys, train(tmp_path, HEAD + stage),
+            "stage a: techniques[0].collaborative needs a stage of at least one epoch")
 
 
 def test_what_only_training_can_tell_names_its_stage(tmp_path, capsys):

@@ -3,6 +3,7 @@
 Each function returns the value in its type or raises InputError naming field, rule and value.
 """
 from difflib import get_close_matches
+from importlib import import_module
 import inspect
 import math
 from pathlib import Path
@@ -48,7 +49,9 @@ def flag(value, field):
 def choice(value, field, known):
     """One of the words ``known``."""
     if value not in tuple(known):                            # a list or mapping cannot be looked up in a dict
-        raise InputError(f"must be one of {', '.join(known)}", field=field, value=value)
+        near = get_close_matches(str(value), known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise InputError(f"must be one of {', '.join(known)}{hint}", field=field, value=value)
     return value
 
 
@@ -85,3 +88,16 @@ def construct(cls, options, *, field=""):
         return cls(**options)
     except InputError as error:
         raise (error.inside(field) if field else error) from None
+
+
+def build(options, known, package, *, field):
+    """Object of a mapping ``{kind: name, option: value, …}``.
+
+    Args: known: {name: (module in ``package``, class)}; the module is imported when it is asked for.
+    Raises: InputError for another kind, and as `construct`.
+    """
+    if not isinstance(options, dict) or "kind" not in options:
+        raise InputError("must be a mapping with kind", field=field, value=options)
+    module, name = known[choice(options["kind"], f"{field}.kind", known)]
+    cls = getattr(import_module(f"{package}.{module}"), name)
+    return construct(cls, {k: v for k, v in options.items() if k != "kind"}, field=field)

@@ -3,7 +3,6 @@ from dataclasses import replace
 import gzip
 import io
 import os
-from pathlib import Path
 import struct
 import tarfile
 
@@ -13,9 +12,9 @@ import pytest
 
 from compress import arrays, data, flow, graph
 from compress.network import Network, Tensor
+from sim_tests.real_data import real_data
 from spec.errors import InputError
 
-SHARED = Path(os.environ.get("SUMMAND_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
 REAL = data.KINDS
 NAMES = REAL["cifar10"].names
 #: Images of each split of the small data sets that stand in for the real ones.
@@ -341,19 +340,17 @@ def test_bad_names(tmp_path):
 
 
 def test_real_cifar10(monkeypatch):
-    if not (SHARED / "cifar10").is_dir():
-        pytest.skip("needs CIFAR-10 in SUMMAND_DATA")
+    folder = real_data("cifar10")
     monkeypatch.setattr(data, "KINDS", REAL)
-    images, labels = data.load("cifar10", SHARED / "cifar10", "test")
+    images, labels = data.load("cifar10", folder, "test")
     assert images.shape == (10_000, 32, 32, 3) and np.array_equal(labels, np.arange(10_000) // 1000)
     mean = images.reshape(-1, 3).mean(0) / 255
     np.testing.assert_allclose(mean, data.STATISTICS["cifar10"][0], atol=0.004)
 
 
 def test_real_fashion_mnist(monkeypatch):
-    if not (SHARED / "fashion_mnist").is_dir():
-        pytest.skip("needs Fashion-MNIST in SUMMAND_DATA")
+    folder = real_data("fashion_mnist")
     monkeypatch.setattr(data, "KINDS", REAL)
-    images, labels = data.load("fashion_mnist", SHARED / "fashion_mnist", "test")
+    images, labels = data.load("fashion_mnist", folder, "test")
     assert images.shape == (10_000, 28, 28, 1) and np.bincount(labels).tolist() == [1000] * 10
     np.testing.assert_allclose(images.mean() / 255, data.STATISTICS["fashion_mnist"][0][0], atol=0.002)

@@ -1,17 +1,15 @@
 """Masks of the Deep Learning Matrix Collection: good files in folders and archives, and every refusal."""
 import io
-import os
-from pathlib import Path
 import tarfile
 
 import numpy as np
 import pytest
 
 from compress import dlmc
+from sim_tests.real_data import real_data
 from spec.errors import InputError
 
 GOOD = b"2, 4, 3\n0 1 3 \n3 2 0 \n"
-DATA = Path(os.environ.get("SUMMAND_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")) / "dlmc"
 
 
 def text(mask):
@@ -109,10 +107,7 @@ def test_refused_collections(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("level,density", [("0.8", 0.2), ("0.9", 0.1)])
 def test_masks_of_resnet50(level, density):
-    path = DATA / f"rn50_magnitude_{level}.tar.xz"
-    if not path.exists():
-        pytest.skip(f"needs the collection's {path.name} (SUMMAND_DATA)")
-    masks = {m.name: m for m in dlmc.load(path)}
+    masks = {m.name: m for m in dlmc.load(real_data("dlmc", f"rn50_magnitude_{level}.tar.xz"))}
     assert len(masks) == 54 and all(abs(m.density - density) < 0.001 for m in masks.values())
     # input channel fastest: neighbouring taps of a channel go together, and their columns are ``depth`` apart
     for name, depth in (("bottleneck_2_block_group1_1_1", 64), ("bottleneck_2_block_group4_1_1", 512),

@@ -1,7 +1,6 @@
 """The TFLite importer: golden integers against TFLite's reference arithmetic, the text of its refusals, damaged files,
 and the published networks where ../shared/data is there."""
 import io
-import os
 from pathlib import Path
 import tarfile
 
@@ -14,11 +13,9 @@ from compress import graph as graphs
 from compress.network import Add, BasisConvolution, Convolution, Pool
 from sim_tests.compress.networks import same_network
 from sim_tests.compress.tflite_models import NONE, RELU, RELU6, RELU_N1_TO_1, SAME, VALID, Builder, multiply, reference
+from sim_tests.real_data import real_data
 from spec.errors import InputError
 
-SHARED = Path(os.environ.get("SUMMAND_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
-needs_data = pytest.mark.skipif(not (SHARED / "mlperf_tiny").is_dir(),
-                                reason="needs the MLPerf Tiny networks in ../shared/data or SUMMAND_DATA")
 
 
 def network_of(data, tmp_path, method="dense", **options):
@@ -544,7 +541,7 @@ def members(path, suffix, *, every=1):
 
 def keywords():
     """(int8 [1000, 49, 10, 1], labels) of the MLPerf Tiny keyword set."""
-    found = list(members(next((SHARED / "kws").glob("*.tar.xz")), ".bin"))
+    found = list(members(next(real_data("kws").glob("*.tar.xz")), ".bin"))
     x = np.stack([np.frombuffer(data, np.int8) for _, data in found]).reshape(-1, 49, 10, 1)
     return x, np.array([int(name[:-4].rsplit("_", 1)[1]) for name, _ in found])
 
@@ -552,7 +549,7 @@ def keywords():
 def photos():
     """(int8 [200, 32, 32, 3], labels) of every 50th CIFAR-10 test image."""
     classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    found = list(members(SHARED / "cifar10" / "cifar10_png_test.tar.gz", ".png", every=50))
+    found = list(members(real_data("cifar10", "cifar10_png_test.tar.gz"), ".png", every=50))
     x = np.stack([np.asarray(Image.open(io.BytesIO(data))) for _, data in found])
     return (x.astype(np.int16) - 128).astype(np.int8), np.array([classes.index(Path(n).parent.name) for n, _ in found])
 
@@ -563,21 +560,18 @@ def correct(net, x, labels):
     return int((graphs.top1(np.concatenate(outputs)) == labels).sum())
 
 
-@needs_data
 def test_keyword_spotting_scores_its_published_accuracy():
     """90.2 % with TFLite's optimised kernels, 90.1 % with its reference kernels."""
-    net = flow.load_network(SHARED / "mlperf_tiny" / "dscnn_kws" / "kws_ref_model.tflite")
+    net = flow.load_network(real_data("mlperf_tiny", "dscnn_kws", "kws_ref_model.tflite"))
     x, labels = keywords()
     assert [type(layer).__name__ for layer in net.layers] == ["Convolution"] * 9 + ["Pool", "Convolution"]
     assert correct(net, x, labels) == 901
 
 
-@needs_data
-@pytest.mark.skipif(not (SHARED / "cifar10").is_dir(), reason="needs CIFAR-10 in ../shared/data or SUMMAND_DATA")
 @pytest.mark.parametrize("name,step,right", [("quant", 1, 179), ("large_int8", 4, 46)])
 def test_resnet8_scores_as_in_tflite(name, step, right):
     """TFLite, too, has 179 of the 200 photos right; with the large network 184 or 185, by its kernels, and we 183."""
     x, labels = (a[::step] for a in photos())
-    net = flow.load_network(SHARED / "mlperf_tiny" / "resnet8" / f"pretrainedResnet_{name}.tflite")
+    net = flow.load_network(real_data("mlperf_tiny", "resnet8", f"pretrainedResnet_{name}.tflite"))
     assert len(x) == 200 // step and sum(isinstance(layer, Add) for layer in net.layers) == 3
     assert correct(net, x, labels) == right

@@ -1,9 +1,7 @@
 """Networks as plain PyTorch modules; `build` makes one by name. Parameter names are those of published weights."""
-from difflib import get_close_matches
-
+from compress.training import fields
 from compress.training.networks import lstm, mlperf_tiny, resnet, transformer, vgg
 from compress.training.networks.digits import Digits
-from spec.errors import InputError
 
 #: name -> function(classes) -> module with ``input_shape`` (channels, height, width).
 NETWORKS = {
@@ -26,8 +24,4 @@ def build(name, classes=10, *, field="network"):
 
     Raises: InputError for an unknown name.
     """
-    if name not in NETWORKS:
-        near = get_close_matches(str(name), NETWORKS, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise InputError(f"must be one of {', '.join(NETWORKS)}{hint}", field=field, value=name)
-    return NETWORKS[name](classes)
+    return NETWORKS[fields.choice(name, field, NETWORKS)](classes)

@@ -1,6 +1,6 @@
 """Weights from files: the same from every form, and nothing that does not fit gets in."""
+
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +15,10 @@ from torch import nn  # noqa: E402
 from compress import data  # noqa: E402
 from compress.training import networks, weights  # noqa: E402
 from compress.training.networks.resnet import PadShortcut  # noqa: E402
+from sim_tests.real_data import real_data  # noqa: E402
 from spec.errors import InputError  # noqa: E402
 
 torch.set_num_threads(1)
-SHARED = Path(os.environ.get("SUMMAND_DATA") or Path(__file__).resolve().parents[4] / "shared" / "data")
 
 
 class Small(nn.Module):
@@ -170,8 +170,8 @@ def test_files_that_are_none(tmp_path):
 @torch.no_grad()
 def published_accuracy(name, file, images):
     """Share of right answers on every ``10000 / images``-th test image."""
-    model = weights.load(networks.build(name), SHARED / "resnet_cifar10" / file).eval()
-    pixels, labels = data.load("cifar10", SHARED / "cifar10", "test")
+    model = weights.load(networks.build(name), real_data("resnet_cifar10", file)).eval()
+    pixels, labels = data.load("cifar10", real_data("cifar10"), "test")
     step = len(labels) // images
     x = data.normalize(pixels[::step], ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     x = torch.from_numpy(x).permute(0, 3, 1, 2)
@@ -183,6 +183,4 @@ def published_accuracy(name, file, images):
 
 def test_published_resnet20_has_its_accuracy():
     """91.73 % on all 10,000 images; on 500 of them within three standard deviations."""
-    if not (SHARED / "resnet_cifar10").is_dir() or not (SHARED / "cifar10").is_dir():
-        pytest.skip("needs CIFAR-10 and the ResNet weights in SUMMAND_DATA")
     assert abs(published_accuracy("resnet20", "resnet20-12fca82f.th", 500) - 0.9173) < 3 * (0.92 * 0.08 / 500) ** 0.5

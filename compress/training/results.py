@@ -1,5 +1,5 @@
 """What a run leaves: ``model.onnx`` (float), ``model.summand`` (the package) and ``report.json``, with the accuracy of
-each step on the full test set. The test set is looked at here only, once, after all choices are made."""
+each step on the full test set, which is looked at nowhere else: it chooses nothing."""
 from dataclasses import replace
 import hashlib
 from importlib.metadata import version
@@ -87,7 +87,7 @@ def _package(run, recipe, tell):
                           decompositions={
                               graphs.layer_name(name): factors
                               for name, factors in export_decompositions(run.model).items()},
-                          progress=lambda message, fraction: tell(message, fraction))
+                          progress=tell)
     methods = replace(plan.methods, layers={graphs.layer_name(n): m for n, m in plan.methods.layers.items()})
     network = quantizer.network(methods, provenance={"source": "model.onnx", "data_is_random": False})
     module = IntegerNetwork(network, graph, learn_scales=plan.learn_scales)

@@ -11,7 +11,8 @@ from compress import cost, dlmc
 from compress.search import masks
 from compress.search.series import candidates
 from golden.structured import expected_dropped, nm_view
-from sim_tests.compress.test_dlmc import DATA, text
+from sim_tests.compress.test_dlmc import text
+from sim_tests.real_data import real_data
 from spec import config as configs
 from spec.errors import InputError
 
@@ -104,9 +105,7 @@ def test_refusals(rng):
 @pytest.mark.parametrize("level,cuts", [("0.8", 0.35), ("0.9", 0.5)])
 def test_resnet50(level, cuts):
     """Multiplications of ResNet-50 at 224 x 224, and a choice for every layer in less than a minute."""
-    path = DATA / f"rn50_magnitude_{level}.tar.xz"
-    if not path.exists():
-        pytest.skip(f"needs the collection's {path.name} (SUMMAND_DATA)")
+    path = real_data("dlmc", f"rn50_magnitude_{level}.tar.xz")
     began = time.process_time()
     facts = masks.report(dlmc.load(path), "nm256")
     assert time.process_time() - began < 60

@@ -136,7 +136,7 @@ class Recipe:
 
     Args:
         network, weights, data, stages, package: see there. seed: of everything random. precision: of the
-        convolutions in training, ``bfloat16`` (twice as fast where the processor has it) or ``float32``; all
+        convolutions in training, ``bfloat16`` (much faster where the processor has it) or ``float32``; all
         evaluation is float32, and integer training exact in both. threads: of PyTorch and NumPy; results are the same
         for equal threads only. deterministic: refuse operations whose results could differ between runs.
     """
